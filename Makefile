@@ -1,0 +1,55 @@
+# make demo | test | lint | bench | gpu: each makes what it needs. Settings, as in `make test VENV=env PYTHON=python3.12`:
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+OUT ?= bench/results/local
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.hico-ready
+SAY := @printf '\033[1m==>\033[0m %s\n'
+NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint format bench gpu build clean
+
+demo: $(READY)  ## a real video through the whole flow: a table here, pictures in hico_demo.html
+	$(SAY) "running the demo"
+	@$(BIN)/hico demo
+
+test: $(READY)  ## every test, then every benchmark once with timing off
+	$(SAY) "running the tests"
+	@$(BIN)/python -m pytest -q tests
+	$(SAY) "running every benchmark once, without timing"
+	@$(BIN)/python -m pytest -q bench --benchmark-disable
+
+lint: $(READY)  ## style of Python, C++ and CUDA
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+format: $(READY)  ## rewrite to that style
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+	@$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+bench: $(READY)  ## timings against floors and alternatives, on this machine
+	@$(BIN)/python -m pytest bench --benchmark-only
+
+gpu: $(READY)  ## checks and measurements on a CUDA device; results go to OUT
+	@$(BIN)/python -m hico_kernels.testing.gpu --out $(OUT)
+
+build: $(READY)
+
+$(BIN)/python:
+	$(SAY) "creating the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# A torch that is there already (a VENV= of your own) stays as it is.
+$(READY): $(NATIVE) | $(BIN)/python
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { printf '\033[1m==>\033[0m %s\n' \
+	  "installing $(TORCH) (the large part: minutes, once)"; $(BIN)/python -m pip install -q $(TORCH); }
+	$(SAY) "installing what the build and the tests need"
+	@$(BIN)/python -m pip install -q 'setuptools>=77' wheel ninja 'pybind11>=2.12'
+	$(SAY) "building hico_kernels"
+	@$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
+	@touch $@
+
+clean:  ## everything that was built, not the virtual environment
+	rm -rf build *.egg-info hico_kernels/*.so $(READY)

@@ -1,0 +1,30 @@
+"""The gradient of ragged attention, recomputed from the saved log-sum-exp."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hico_kernels.dispatch import overload
+
+
+class RaggedAttention(torch.autograd.Function):
+    """ragged_attention, differentiable in q, k and v."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_q, cu_k, rest: tuple, impl: str):  # noqa: D102
+        *numbers, key_bias = rest
+        run = overload("ragged_attention", impl, q, k, v)
+        out, lse = run(q, k, v, cu_q, cu_k, *numbers, key_bias)
+        ctx.numbers, ctx.impl = numbers, impl
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, key_bias)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _):  # noqa: D102
+        q, k, v, out, lse, cu_q, cu_k, key_bias = ctx.saved_tensors
+        impl = "reference" if ctx.impl == "reference" else "auto"
+        run = overload("ragged_attention_backward", impl, grad, q, k, v)
+        grads = run(grad, q, k, v, out, lse, cu_q, cu_k, *ctx.numbers, key_bias)
+        return (*grads, None, None, None, None)

@@ -1,0 +1,73 @@
+"""Which implementation of an operation runs, or why one cannot: a single predicate for all of
+them.
+"""
+
+import torch
+from torch import Tensor
+
+from hico_kernels import native, ops
+
+IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda", "flash")
+_AUTO = {"cpu": ("cpu",), "cuda": ("cuda",)}  # device -> implementations, best first
+_KEY = {"cpu": "CPU", "cuda": "CUDA"}
+_ANY = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+# What exists: (operation, implementation) -> dtypes of its first tensor. The rest has none.
+_DTYPES = {
+    ("gather_tokens", "cpu"): _ANY,
+    ("gather_tokens", "cuda"): _ANY,
+    ("merge_apply", "cpu"): frozenset({torch.float32, torch.bfloat16}),
+}
+_OVERLOADS = {
+    (namespace, name): getattr(getattr(torch.ops, namespace), name).default
+    for namespace in (ops.KERNELS, ops.REFERENCE)
+    for name in ops.SCHEMAS
+}  # bound once: a lookup in torch.ops on every call costs up to a microsecond
+
+
+def has_implementation(operation: str, impl: str) -> bool:
+    """Whether this version has the implementation at all, on some machine."""
+    return impl == "reference" or (operation, impl) in _DTYPES
+
+
+def why_not(operation: str, impl: str, *tensors: Tensor) -> str | None:
+    """Why `impl` cannot run `operation`; None when it can.
+
+    tensors: the tensors of the call, the one whose dtype counts first. Without any, the answer is
+    about this installation only. Raises ValueError for an operation or implementation that does
+    not exist.
+    """
+    if operation not in ops.SCHEMAS:
+        raise ValueError(f"operation must be one of {', '.join(ops.SCHEMAS)}, got {operation!r}")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}")
+    if impl == "reference":
+        return None
+    if not has_implementation(operation, impl):
+        return f"{operation} has no {impl} implementation in this version"
+    module = f"_C_{impl}"
+    if module in native.reasons:
+        return f"hico_kernels.{module}: {native.reasons[module]}"
+    for x in tensors:
+        if x.device.type != impl:
+            return f"tensors must be on {impl}, got {x.device.type}"
+    if tensors and tensors[0].dtype not in _DTYPES[operation, impl]:
+        allowed = ", ".join(sorted(str(d).removeprefix("torch.") for d in _DTYPES[operation, impl]))
+        return f"dtype must be one of {allowed}, got {tensors[0].dtype}"
+    return None
+
+
+def overload(operation: str, impl: str, *tensors: Tensor, device: str | None = None):
+    """The registered operator to call. "auto" takes the best that can run, else the reference.
+
+    device: the device type where there is no tensor to tell it. Raises ValueError with the reason
+    when an implementation that was asked for cannot run; nothing ever falls back from one.
+    """
+    if impl == "auto":
+        for candidate in _AUTO.get(device or tensors[0].device.type, ()):
+            if why_not(operation, candidate, *tensors) is None:
+                return _OVERLOADS[ops.KERNELS, operation]
+        return _OVERLOADS[ops.REFERENCE, operation]
+    if reason := why_not(operation, impl, *tensors):
+        raise ValueError(f"{operation}(impl={impl!r}) cannot run: {reason}")
+    return _OVERLOADS[ops.REFERENCE if impl == "reference" else ops.KERNELS, operation]

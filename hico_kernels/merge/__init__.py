@@ -1,0 +1,124 @@
+"""Token merging: the public functions and their checks. Equation and rules are in README.md
+beside this file.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hico_kernels import checks
+from hico_kernels.dispatch import overload
+from hico_kernels.merge import reference as _reference  # noqa: F401  registers the references
+from hico_kernels.merge.autograd import MergeApply, MergeTokens
+
+
+class MergedTokens(NamedTuple):
+    """What `merge_tokens` returns."""
+
+    tokens: Tensor  # [N, K, C], dtype of x
+    sizes: Tensor  # [N, K] int32, input tokens behind each token
+    assignment: Tensor  # [N, T] int32, the token that every input token went into
+
+
+def merge_tokens(
+    x: Tensor, num_tokens: int, *, num_heads: int = 1, impl: str = "auto"
+) -> MergedTokens:
+    """Merge the tokens of every clip down to `num_tokens` by repeated bipartite soft matching.
+
+    x [N, T, C] with C a multiple of num_heads  ->  tokens [N, K, C], sizes [N, K] int32, assignment
+    [N, T] int32. The similarity is the cosine of the mean over `num_heads` groups of channels.
+    Each output token is the mean of its members. Order: tokens that no pair took in the last
+    round, by falling similarity, then the merge targets in their order (as VideoChat-Flash: arXiv
+    2501.00574, section 3.1). Differentiable in x.
+
+    The smaller index wins a tie, a NaN similarity never wins, a zero token has similarity 0. Sums
+    are in float32 (float64 for float64), rounded once.
+
+    impl: "auto" takes the best kernel that can run here, else the reference; "reference", "cpu",
+    "triton" and "cuda" take exactly that one or raise ValueError with the reason.
+    """
+    checks.tensor("x", x, "[N, T, C]")
+    if num_heads < 1 or x.shape[2] % num_heads:
+        raise ValueError(
+            f"num_heads must divide the {x.shape[2]} channels of x, got num_heads={num_heads}"
+        )
+    if not 1 <= num_tokens <= x.shape[1]:
+        raise ValueError(
+            f"num_tokens must be in [1, {x.shape[1]}], the tokens of x, got {num_tokens}"
+        )
+    return MergedTokens(*MergeTokens.apply(x, num_tokens, num_heads, impl))
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Where every token goes in one merge step: `assignment` [N, T] int32 with values below
+    `num_tokens`.
+    """
+
+    assignment: Tensor
+    num_tokens: int
+
+    def merge(
+        self, x: Tensor, sizes: Tensor | None = None, *, impl: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """Mean of the tokens that share a position, weighted by `sizes`.
+
+        x [N, T, C], sizes [N, T] (None: all ones) -> tokens [N, K, C] with K = num_tokens and
+        x [N, T, C], sizes [N, T] (None: all ones) -> tokens [N, K, C], K = num_tokens, and their
+        """
+        checks.tensor("x", x, "[N, T, C]")
+        if x.shape[:2] != self.assignment.shape:
+            expected = f"[N, T, C] with N, T = {tuple(self.assignment.shape)}"
+            raise ValueError(f"x must be {expected}, got {tuple(x.shape)}")
+        checks.same("x", x, "the matching", self.assignment, dtype=False)
+        if sizes is not None:
+            checks.tensor("sizes", sizes, "[N, T]", floating=False)
+            checks.same("sizes", sizes, "x", x, dtype=False)
+            if sizes.shape != self.assignment.shape:
+                raise ValueError(
+                    f"sizes must be {tuple(self.assignment.shape)}, got {tuple(sizes.shape)}"
+                )
+        return MergeApply.apply(x, self.assignment, self.num_tokens, sizes, impl)
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        """Give every original token the value of the token it went into: x [N, num_tokens, C] ->
+        [N, T, C].
+        """
+        checks.tensor("x", x, "[N, K, C]", floating=False)
+        if x.shape[0] != self.assignment.shape[0] or x.shape[1] != self.num_tokens:
+            expected = f"[{self.assignment.shape[0]}, {self.num_tokens}, C]"
+            raise ValueError(f"x must be {expected}, got shape {tuple(x.shape)}")
+        return torch.take_along_dim(x, self.assignment.long()[..., None], dim=1)
+
+
+def bipartite_soft_matching(
+    metric: Tensor,
+    r: int,
+    *,
+    class_token: bool = False,
+    distill_token: bool = False,
+    impl: str = "auto",
+) -> Matching:
+    """One step of token merging (ToMe: arXiv 2210.09461, section 3), for use between the parts of
+    a ViT block.
+
+    metric [N, T, D], usually the mean of the attention keys over heads  ->  a `Matching` onto T - r
+    tokens. r: pairs to merge; at most half of the unprotected tokens can, and a larger r merges
+    that many. class_token: token 0 is never merged. distill_token: neither is token 1; needs
+    class_token. Order of the result: unmerged even tokens, then the odd ones; unmerged tokens
+    come by falling similarity, with a class token in their own order; protected tokens stay in
+    front. r = 0 leaves everything as it is. Not differentiable. Ties, NaN, zero tokens and impl:
+    as in `merge_tokens`.
+    """
+    checks.tensor("metric", metric, "[N, T, D]")
+    if distill_token and not class_token:
+        raise ValueError("distill_token needs class_token: it is the token after the class token")
+    if r < 0:
+        raise ValueError(f"r must be at least 0, got {r}")
+    t = metric.shape[1]
+    r = min(r, max(t - class_token - distill_token, 0) // 2)
+    metric = metric.detach()
+    run = overload("bipartite_soft_matching", impl, metric)
+    return Matching(run(metric, r, class_token, distill_token), t - r)

@@ -1,0 +1,24 @@
+"""Loads the compiled modules and remembers why one could not be loaded."""
+
+import importlib
+from types import ModuleType
+
+import torch
+
+MODULES = ("_C_cpu", "_C_cuda", "_host")
+reasons: dict[str, str] = {}  # module -> why it is not loaded; absent when it is
+loaded: dict[str, ModuleType] = {}
+
+
+def load() -> None:
+    """Import every module of MODULES that can be; each registers its kernels with torch."""
+    for name in MODULES:
+        if name == "_C_cuda" and torch.version.cuda is None:
+            reasons[name] = "this torch is a CPU build"
+            continue
+        try:
+            loaded[name] = importlib.import_module(f"hico_kernels.{name}")
+        except ModuleNotFoundError:
+            reasons[name] = "not built; see Install in README.md"
+        except ImportError as e:  # built for something else; why_not() tells those who ask for it
+            reasons[name] = f"built, but does not load with torch {torch.__version__}: {e}"

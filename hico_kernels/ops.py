@@ -1,0 +1,175 @@
+"""The op table: every schema and shape rule of hico_kernels on one page, without kernels.
+
+Each operation is declared twice with one schema and one fake: ``hico::name`` takes the kernels of
+csrc/cpu (CPU) and csrc/cuda (CUDA), ``hico_reference::name`` the plain-torch definition from the
+operation's reference.py, on any device. So both are opaque to torch.compile and traced by the
+same shape rule. Importing this needs only torch.
+
+Dimension letters: N clips, T tokens of a clip, K tokens kept, C channels; S packed rows, R text
+rows, H heads, Hkv key/value heads, D head width, B sequences.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+KERNELS, REFERENCE = "hico", "hico_reference"
+SCHEMAS: dict[str, str] = {}  # operation -> schema without the name
+
+
+def _op(schema: str) -> Callable:
+    """Declare the operation named like the decorated fake in both namespaces."""
+
+    def declare(fake: Callable) -> Callable:
+        name = fake.__name__
+        SCHEMAS[name] = schema
+        for namespace in (KERNELS, REFERENCE):
+            torch.library.define(
+                f"{namespace}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,)
+            )
+            torch.library.register_fake(f"{namespace}::{name}", fake)
+        return fake
+
+    return declare
+
+
+def register_reference(reference: Callable) -> Callable:
+    """Make `<operation>_reference` the implementation of ``hico_reference::<operation>``."""
+    name = reference.__name__.removesuffix("_reference")
+    torch.library.impl(f"{REFERENCE}::{name}", "CompositeExplicitAutograd")(reference)
+    return reference
+
+
+# --- merging
+
+
+@_op("(Tensor x, SymInt num_tokens, SymInt num_heads) -> (Tensor, Tensor, Tensor)")
+def merge_tokens(x: Tensor, num_tokens: int, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [N, T, C] -> tokens [N, K, C], sizes [N, K] int32, assignment [N, T] int32."""
+    n, t, c = x.shape
+    return (
+        x.new_empty(n, num_tokens, c),
+        x.new_empty(n, num_tokens, dtype=torch.int32),
+        x.new_empty(n, t, dtype=torch.int32),
+    )
+
+
+@_op("(Tensor metric, SymInt r, bool class_token, bool distill_token) -> Tensor")
+def bipartite_soft_matching(
+    metric: Tensor, r: int, class_token: bool, distill_token: bool
+) -> Tensor:
+    """Metric [N, T, D] -> assignment [N, T] int32 with values below T - r."""
+    return metric.new_empty(metric.shape[:2], dtype=torch.int32)
+
+
+@_op("(Tensor x, Tensor assignment, SymInt num_tokens, Tensor? sizes) -> (Tensor, Tensor)")
+def merge_apply(
+    x: Tensor, assignment: Tensor, num_tokens: int, sizes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """x [N, T, C], assignment [N, T], sizes [N, T] -> tokens [N, K, C], sizes [N, K]."""
+    n, _, c = x.shape
+    dtype = torch.int32 if sizes is None else sizes.dtype
+    return x.new_empty(n, num_tokens, c), x.new_empty(n, num_tokens, dtype=dtype)
+
+
+@_op("(Tensor grad, Tensor assignment, Tensor merged_sizes, Tensor? sizes) -> Tensor")
+def merge_backward(
+    grad: Tensor, assignment: Tensor, merged_sizes: Tensor, sizes: Tensor | None
+) -> Tensor:
+    """Grad [N, K, C] -> gradient of x [N, T, C]."""
+    return grad.new_empty(*assignment.shape, grad.shape[2])
+
+
+# --- selection
+
+
+def _score_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@_op("(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale) -> Tensor")
+def text_guided_scores(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+) -> Tensor:
+    """q [R, H, D], k [S, Hkv, D] -> [S]."""
+    return k.new_empty(k.shape[0], dtype=_score_dtype(q))
+
+
+@_op("(Tensor scores, Tensor cu_seqlens, SymInt[] keep) -> Tensor")
+def select_topk(scores: Tensor, cu_seqlens: Tensor, keep: list[int]) -> Tensor:
+    """Scores [S] -> [sum(keep)] int64."""
+    return scores.new_empty(sum(keep), dtype=torch.int64)
+
+
+@_op("(SymInt num_tokens, SymInt keep, Device device) -> Tensor")
+def uniform_indices(num_tokens: int, keep: int, device: torch.device) -> Tensor:
+    """Two host ints -> [keep] int64."""
+    return torch.empty(keep, dtype=torch.int64, device=device)
+
+
+@_op("(Tensor x, Tensor index) -> Tensor")
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """x [S, C], index [M] -> [M, C]."""
+    return x.new_empty(index.shape[0], x.shape[1])
+
+
+@_op("(Tensor grad, Tensor index, SymInt num_rows) -> Tensor")
+def gather_tokens_backward(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    """Grad [M, C], index [M] -> [S, C]."""
+    return grad.new_empty(num_rows, grad.shape[1])
+
+
+# --- attention
+
+
+@_op(
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q,"
+    " SymInt max_seqlen_k, bool causal, float scale, Tensor? key_bias) -> (Tensor, Tensor)"
+)
+def ragged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float,
+    key_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """q [Sq, H, D], k and v [Sk, Hkv, D] -> out [Sq, H, D], lse [H, Sq]."""
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=_score_dtype(q))
+
+
+@_op(
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q,"
+    " Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale,"
+    " Tensor? key_bias) -> (Tensor, Tensor, Tensor)"
+)
+def ragged_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float,
+    key_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@_op("(Tensor q, Tensor k_cache, Tensor v_cache, Tensor kv_lengths, float scale) -> Tensor")
+def ragged_decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_lengths: Tensor, scale: float
+) -> Tensor:
+    """q [B, H, D], caches [B, L, Hkv, D], kv_lengths [B] -> [B, H, D]."""
+    return q.new_empty(q.shape)

@@ -1,0 +1,95 @@
+"""Choosing visual tokens: scores, top-k, even spacing, gathering. Rules are in README.md beside
+this file.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hico_kernels import checks
+from hico_kernels.dispatch import overload
+from hico_kernels.select import reference as _reference  # noqa: F401  registers the references
+from hico_kernels.select.autograd import GatherTokens
+
+
+def text_guided_scores(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """How much the text attends to every key: softmax over all keys of the sequence, mean over
+    heads and rows.
+
+    q [R, H, D] text rows and k [S, Hkv, D] keys, both with RoPE applied, packed by cu_seqlens_q
+    [B+1] and cu_seqlens_k [B+1] (int32 or int64); Hkv divides H -> scores [S] float32 (float64 for
+    float64). The scores of a sequence sum to 1; they are 0 where it has no text row. scale:
+    1/sqrt(D) when None. Not differentiable. VideoChat-Flash, arXiv 2501.00574, section 3.1. impl:
+    as in `merge_tokens`.
+    """
+    checks.tensor("q", q, "[R, H, D]")
+    checks.tensor("k", k, "[S, Hkv, D]")
+    checks.same("k", k, "q", q)
+    checks.heads(q, "k", k)
+    checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
+    checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
+    checks.same_batch("cu_seqlens_k", cu_seqlens_k, "cu_seqlens_q", cu_seqlens_q)
+    scale = checks.default_scale(q) if scale is None else float(scale)
+    run = overload("text_guided_scores", impl, q, k, cu_seqlens_q, cu_seqlens_k)
+    return run(q.detach(), k.detach(), cu_seqlens_q, cu_seqlens_k, scale)
+
+
+def select_topk(
+    scores: Tensor, cu_seqlens: Tensor, keep: Sequence[int], *, impl: str = "auto"
+) -> Tensor:
+    """The rows with the largest scores of each sequence, in ascending order.
+
+    scores [S] float32 (or float64), packed by cu_seqlens [B+1]; keep: one host int per sequence,
+    at most its length -> rows of `scores` [sum(keep)] int64. A smaller index wins a tie, NaN ranks
+    with -inf, below every other score. impl: as in `merge_tokens`.
+    """
+    checks.tensor("scores", scores, "[S]")
+    if scores.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"scores must be float32 or float64, got {scores.dtype}")
+    checks.cu_seqlens("cu_seqlens", cu_seqlens, scores.device)
+    keep = list(keep)
+    if len(keep) != cu_seqlens.shape[0] - 1:
+        raise ValueError(
+            f"keep must have one count for each of {cu_seqlens.shape[0] - 1} sequences, got {keep}"
+        )
+    if any(count < 0 for count in keep):
+        raise ValueError(f"keep must be at least 0 for every sequence, got {keep}")
+    run = overload("select_topk", impl, scores, cu_seqlens)
+    return run(scores.detach(), cu_seqlens, keep)
+
+
+def uniform_indices(
+    num_tokens: int, keep: int, *, device: torch.device | str = "cpu", impl: str = "auto"
+) -> Tensor:
+    """`keep` indices at even spacing over `num_tokens`, first and last included.
+
+    Equal to ``torch.linspace(0, num_tokens - 1, keep, dtype=torch.long)`` on the CPU, on every
+    device: -> [keep] int64, rising. 0 <= keep <= num_tokens. impl: as in `merge_tokens`.
+    """
+    if not 0 <= keep <= num_tokens:
+        raise ValueError(f"keep must be in [0, {num_tokens}], the number of tokens, got {keep}")
+    device = torch.device(device)
+    return overload("uniform_indices", impl, device=device.type)(num_tokens, keep, device)
+
+
+def gather_tokens(x: Tensor, index: Tensor, *, impl: str = "auto") -> Tensor:
+    """Rows of x.
+
+    x [S, C] of any dtype, index [M] int64 in [0, S) -> [M, C] contiguous. Differentiable
+    in x. An index outside raises IndexError on the CPU. impl: as in `merge_tokens`.
+    """
+    checks.tensor("x", x, "[S, C]", floating=False)
+    checks.tensor("index", index, "[M]", floating=False)
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, got {index.dtype}")
+    checks.same("index", index, "x", x, dtype=False)
+    return GatherTokens.apply(x, index, impl)

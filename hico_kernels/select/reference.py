@@ -1,0 +1,71 @@
+"""Scoring and choosing visual tokens in plain torch: the definition the kernels are tested
+against.
+"""
+
+import torch
+from torch import Tensor
+
+from hico_kernels import checks
+from hico_kernels.ops import register_reference
+
+
+@register_reference
+def text_guided_scores_reference(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+) -> Tensor:
+    """Attention of a sequence's text rows over all its keys, averaged over heads and rows."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = k.new_zeros(k.shape[0], dtype=wide)
+    rows = checks.segments("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    keys = checks.segments("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    groups = k.shape[1]
+    for (q0, q1), (k0, k1) in zip(rows, keys, strict=True):
+        if q0 == q1 or k0 == k1:
+            continue  # no text row: every score stays 0
+        text = q[q0:q1].to(wide).unflatten(1, (groups, q.shape[1] // groups))  # [R, G, H/G, D]
+        logits = scale * torch.einsum("rghd,sgd->rghs", text, k[k0:k1].to(wide))
+        scores[k0:k1] = logits.softmax(dim=-1).mean(dim=(0, 1, 2))
+    return scores
+
+
+@register_reference
+def select_topk_reference(scores: Tensor, cu_seqlens: Tensor, keep: list[int]) -> Tensor:
+    """The `keep[b]` largest scores of each sequence, as ascending rows."""
+    chosen = [scores.new_empty(0, dtype=torch.int64)]
+    bounds = checks.segments("cu_seqlens", cu_seqlens, scores.shape[0])
+    for (lo, hi), k in zip(bounds, keep, strict=True):
+        if k > hi - lo:
+            raise ValueError(f"keep must be at most the sequence's {hi - lo} scores, got {k}")
+        own = scores[lo:hi]
+        ranked = own.masked_fill(own.isnan(), -torch.inf).argsort(descending=True, stable=True)
+        chosen.append(ranked[:k].sort().values + lo)
+    return torch.cat(chosen)
+
+
+@register_reference
+def uniform_indices_reference(num_tokens: int, keep: int, device: torch.device) -> Tensor:
+    """torch's own rule on the CPU: the lower half counts up from 0, the upper half down from n -
+    1.
+    """
+    i = torch.arange(keep, dtype=torch.float64, device=device)
+    step = (num_tokens - 1) / max(keep - 1, 1)
+    up, down = step * i, (num_tokens - 1) - step * (keep - 1 - i)
+    return torch.where(i < keep // 2, up, down if keep > 1 else up).long()
+
+
+@register_reference
+def gather_tokens_reference(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x by index."""
+    return x.index_select(0, index)
+
+
+@register_reference
+def gather_tokens_backward_reference(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    """Gradient of `gather_tokens`: a row that was taken twice gets both gradients."""
+    wide = grad if grad.dtype == torch.float64 else grad.float()
+    rows = wide.new_zeros(num_rows, grad.shape[1])
+    if grad.is_cuda:  # index_add_ is atomic there
+        rows.index_put_((index,), wide, accumulate=True)
+    else:
+        rows.index_add_(0, index, wide)
+    return rows.to(grad.dtype)
