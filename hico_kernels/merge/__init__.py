@@ -66,7 +66,7 @@ class Matching:
         """Mean of the tokens that share a position, weighted by `sizes`.
 
         x [N, T, C], sizes [N, T] (None: all ones) -> tokens [N, K, C] with K = num_tokens and
-        x [N, T, C], sizes [N, T] (None: all ones) -> tokens [N, K, C], K = num_tokens, and their
+        their sizes [N, K], int32 without `sizes`, else of its dtype. Differentiable in x only.
         """
         checks.tensor("x", x, "[N, T, C]")
         if x.shape[:2] != self.assignment.shape:

@@ -1,0 +1,95 @@
+"""pytest-benchmark in seconds of device time.
+
+pytest bench --benchmark-only            measure here
+pytest bench --benchmark-disable         run every benchmark once, untimed, so that none can rot
+"""
+
+import time
+
+import pytest
+import torch
+
+from bench import limits
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class DeviceClock:
+    """A clock that the measured function moves, so that every statistic, file and comparison of
+    pytest-benchmark is in seconds of device time."""
+
+    __name__ = "device_clock"
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = DeviceClock()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
+def _cuda_seconds(fn) -> float:
+    limits.flush_l2()
+    torch.cuda._sleep(1_000_000)  # the stream is busy while the host enqueues: no launch gap
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    fn()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _host_seconds(fn) -> float:
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture
+def measure(benchmark):
+    """Time `fn` and note its least time on this machine: what it must move and compute."""
+    seconds = _cuda_seconds if DEVICE == "cuda" else _host_seconds
+
+    def run(fn, *, dtype: torch.dtype, bytes_: int = 0, flops: int = 0, rounds: int = 10):
+        def once():
+            CLOCK.now += seconds(fn)
+
+        benchmark.pedantic(once, rounds=rounds, warmup_rounds=2)
+        if benchmark.disabled:
+            return
+        floor = limits.floor_seconds(DEVICE, dtype, bytes_, flops)
+        median = benchmark.stats.stats.median
+        benchmark.extra_info.update(
+            bytes=bytes_, flops=flops, floor_us=floor * 1e6, percent_of_floor=100 * floor / median
+        )
+        assert floor <= 1.05 * median, (
+            f"faster than the limit ({floor:.2e} s, took {median:.2e} s): the count is wrong"
+        )
+
+    return run
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.update(limits.machine(DEVICE))
+
+
+def pytest_benchmark_compare_machine_info(
+    config, benchmarksession, machine_info, compared_benchmark
+):
+    theirs = compared_benchmark["machine_info"].get("device")
+    if theirs != machine_info["device"]:
+        raise pytest.UsageError(
+            f"comparing {machine_info['device']} with {theirs}: pick a result of the same device"
+        )

@@ -1,0 +1,64 @@
+"""What this machine can do, measured on it, and the least time that follows for an amount of
+work.
+"""
+
+import functools
+import platform
+import time
+
+import torch
+
+
+def _best_seconds(fn, device: str, repeats: int) -> float:
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        fn()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@functools.cache
+def bandwidth(device: str, threads: int) -> float:
+    """Bytes per second, read plus written, of the best of 10 copies of 256 MiB."""
+    x = torch.rand(64 << 20, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / _best_seconds(lambda: y.copy_(x), device, 10)
+
+
+@functools.cache
+def matmul_rate(device: str, dtype: torch.dtype, threads: int) -> float:
+    """FLOPs per second of the best of 5 square products of random matrices."""
+    n = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / _best_seconds(lambda: a @ b, device, 5)
+
+
+def floor_seconds(device: str, dtype: torch.dtype, bytes_: int, flops: int) -> float:
+    """The least time for moving `bytes_` and computing `flops` with the threads set now."""
+    threads = torch.get_num_threads()
+    moving = bytes_ / bandwidth(device, threads) if bytes_ else 0.0
+    return max(moving, flops / matmul_rate(device, dtype, threads) if flops else 0.0)
+
+
+@functools.cache
+def _l2_scratch() -> torch.Tensor:
+    return torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+
+def flush_l2() -> None:
+    """Put something else into the L2 cache of the current CUDA device."""
+    _l2_scratch().zero_()
+
+
+def machine(device: str) -> dict:
+    """What must be known about this machine to read a result."""
+    cuda = device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "bandwidth_gb_per_s": round(bandwidth(device, torch.get_num_threads()) / 1e9, 1),
+    }

@@ -1,0 +1,43 @@
+"""Attention after dropping: prefill over sequences of different lengths, and decoding."""
+
+import pytest
+import torch
+
+from bench import alternatives
+from hico_kernels import ragged_attention, ragged_decode_attention
+from hico_kernels.testing.shapes import LLMS, cu_seqlens
+
+S = LLMS["qwen2_64frames"]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+
+
+@pytest.mark.parametrize("impl", ["auto", "sdpa_each"])
+@DTYPES
+@pytest.mark.parametrize("lengths", [(512, 1024, 256)], ids=["ragged3"])
+def test_ragged_attention(measure, device, benchmark, lengths, dtype, impl):
+    benchmark.group = f"ragged_attention-ragged3-{dtype}"
+    rows, longest, cu = sum(lengths), max(lengths), cu_seqlens(lengths, device)
+    q = torch.randn(rows, S.heads, S.head_width, device=device, dtype=dtype)
+    k, v = torch.randn(2, rows, S.kv_heads, S.head_width, device=device, dtype=dtype).unbind()
+    ours = lambda: ragged_attention(q, k, v, cu, cu, longest, longest)  # noqa: E731
+    theirs = lambda: alternatives.sdpa_each(q, k, v, lengths)  # noqa: E731
+    torch.testing.assert_close(ours(), theirs(), atol=2e-2, rtol=2e-2)
+    flops = sum(2 * n * n * S.heads * S.head_width for n in lengths)  # half of the square
+    run = ours if impl == "auto" else theirs
+    measure(run, dtype=dtype, bytes_=2 * q.nbytes + k.nbytes + v.nbytes, flops=flops, rounds=5)
+
+
+@pytest.mark.parametrize("impl", ["auto", "sdpa_folded"])
+@DTYPES
+def test_ragged_decode_attention(measure, device, benchmark, dtype, impl):
+    benchmark.group = f"ragged_decode_attention-qwen2_256frames-{dtype}"
+    n = LLMS["qwen2_256frames"].tokens
+    q = torch.randn(2, S.heads, S.head_width, device=device, dtype=dtype)
+    k, v = torch.randn(2, 2, n, S.kv_heads, S.head_width, device=device, dtype=dtype).unbind()
+    lengths = torch.full((2,), n, dtype=torch.int32, device=device)
+    ours = lambda: ragged_decode_attention(q, k, v, lengths)  # noqa: E731
+    theirs = lambda: alternatives.sdpa_decode(q, k, v)  # noqa: E731
+    torch.testing.assert_close(ours(), theirs(), atol=2e-2, rtol=2e-2)
+    run = ours if impl == "auto" else theirs
+    flops = 4 * q.numel() * n
+    measure(run, dtype=dtype, bytes_=k.nbytes + v.nbytes, flops=flops)

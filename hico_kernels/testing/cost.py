@@ -1,0 +1,149 @@
+"""What a call must cost at least: bytes that have to cross memory once, and the arithmetic of its definition.
+
+Every function takes the arguments of the registered operation. Inputs count as read once and outputs as written
+once, of what the result depends on; nothing that a better algorithm could avoid is counted.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hico_kernels.merge.reference import merge_rounds
+
+
+class Cost(NamedTuple):
+    """The floor of one call."""
+
+    bytes: int
+    flops: int
+
+
+COSTS: dict[str, Callable[..., Cost]] = {}
+
+
+def _cost_of(operation: str) -> Callable:
+    def keep(cost: Callable[..., Cost]) -> Callable[..., Cost]:
+        COSTS[operation] = cost
+        return cost
+
+    return keep
+
+
+def _size(*tensors: Tensor | None) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+def _lengths(cu_seqlens: Tensor) -> list[int]:
+    return [b - a for a, b in pairwise(cu_seqlens.tolist())]
+
+
+def _pairs(rows: int, keys: int, causal: bool) -> int:
+    """How many keys all the queries of a sequence see together, bottom right when causal."""
+    if not causal:
+        return rows * keys
+    seeing = min(rows, keys)  # queries that see at least one key: keys - seeing + 1, ..., keys
+    return seeing * keys - seeing * (seeing - 1) // 2
+
+
+@_cost_of("merge_tokens")
+def merge_tokens(x: Tensor, num_tokens: int, num_heads: int) -> Cost:
+    """x once in, tokens, sizes and assignment out; head mean, all pairs of every round, one mean."""
+    n, t, c = x.shape
+    flops, left = 2 * t * c, t
+    for r in merge_rounds(t, num_tokens):
+        flops += 2 * (left - left // 2) * (left // 2) * (c // num_heads)
+        left -= r
+    out = num_tokens * c * x.element_size() + 4 * (num_tokens + t)
+    return Cost(_size(x) + n * out, n * flops)
+
+
+@_cost_of("bipartite_soft_matching")
+def bipartite_soft_matching(metric: Tensor, r: int, *_) -> Cost:
+    """Metric in, assignment out; every even token times every odd one."""
+    n, t, d = metric.shape
+    if r == 0:
+        return Cost(4 * n * t, 0)
+    return Cost(_size(metric) + 4 * n * t, n * 2 * (t - t // 2) * (t // 2) * d)
+
+
+@_cost_of("merge_apply")
+def merge_apply(x: Tensor, assignment: Tensor, num_tokens: int, sizes: Tensor | None) -> Cost:
+    """x, assignment and sizes in; tokens and sizes out."""
+    n, _, c = x.shape
+    size = 4 if sizes is None else sizes.element_size()
+    out = n * num_tokens * (c * x.element_size() + size)
+    return Cost(_size(x, assignment, sizes) + out, x.numel() * (1 if sizes is None else 2))
+
+
+@_cost_of("merge_backward")
+def merge_backward(grad: Tensor, assignment: Tensor, merged: Tensor, sizes: Tensor | None) -> Cost:
+    """The gradient of the merged tokens in, that of all tokens out."""
+    rows = assignment.numel() * grad.shape[2]
+    return Cost(_size(grad, assignment, merged, sizes) + rows * grad.element_size(), rows)
+
+
+@_cost_of("text_guided_scores")
+def text_guided_scores(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, _) -> Cost:
+    """Keys in once, scores out; one product per row, head and key."""
+    score = 8 if q.element_size() == 8 else 4
+    products = sum(r * s for r, s in zip(_lengths(cu_q), _lengths(cu_k), strict=True))
+    heads, width = q.shape[1:]
+    return Cost(_size(q, k, cu_q, cu_k) + score * k.shape[0], 2 * heads * width * products)
+
+
+@_cost_of("select_topk")
+def select_topk(scores: Tensor, cu_seqlens: Tensor, keep: list[int]) -> Cost:
+    """Scores in, rows out."""
+    return Cost(_size(scores, cu_seqlens) + 8 * sum(keep), 0)
+
+
+@_cost_of("uniform_indices")
+def uniform_indices(_, keep: int, __) -> Cost:
+    """Rows out."""
+    return Cost(8 * keep, 0)
+
+
+@_cost_of("gather_tokens")
+def gather_tokens(x: Tensor, index: Tensor) -> Cost:
+    """The taken rows in (each once, however often it is taken) and out."""
+    row = x.shape[1] * x.element_size()
+    return Cost((index.unique().numel() + len(index)) * row + _size(index), 0)
+
+
+@_cost_of("gather_tokens_backward")
+def gather_tokens_backward(grad: Tensor, index: Tensor, num_rows: int) -> Cost:
+    """The gradient of the taken rows in, that of all rows out."""
+    out = num_rows * grad.shape[1] * grad.element_size()
+    return Cost(_size(grad, index) + out, grad.numel())
+
+
+def _attention_pairs(cu_q: Tensor, cu_k: Tensor, causal: bool) -> int:
+    return sum(_pairs(a, b, causal) for a, b in zip(_lengths(cu_q), _lengths(cu_k), strict=True))
+
+
+@_cost_of("ragged_attention")
+def ragged_attention(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, key_bias) -> Cost:
+    """q, k, v in, out and lse out; two products per visible pair."""
+    lse = q.shape[0] * q.shape[1] * (8 if q.element_size() == 8 else 4)
+    flops = 4 * q.shape[1] * q.shape[2] * _attention_pairs(cu_q, cu_k, causal)
+    return Cost(_size(q, k, v, q, cu_q, cu_k, key_bias) + lse, flops)
+
+
+@_cost_of("ragged_attention_backward")
+def ragged_attention_backward(
+    grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale, key_bias
+) -> Cost:
+    """Everything of the forward and its gradient in, three gradients out; five products per visible pair."""
+    flops = 10 * q.shape[1] * q.shape[2] * _attention_pairs(cu_q, cu_k, causal)
+    return Cost(_size(grad, q, k, v, out, lse, cu_q, cu_k, key_bias, q, k, v), flops)
+
+
+@_cost_of("ragged_decode_attention")
+def ragged_decode_attention(q, k_cache, v_cache, kv_lengths, _) -> Cost:
+    """The used part of both caches in; two products per head and entry."""
+    entries = int(kv_lengths.sum())
+    row = k_cache.shape[2] * k_cache.shape[3] * k_cache.element_size()
+    flops = 4 * q.shape[1] * q.shape[2] * entries
+    return Cost(_size(q, q, kv_lengths) + 2 * entries * row, flops)
