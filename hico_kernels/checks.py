@@ -4,7 +4,7 @@ and what came.
 
 from itertools import pairwise
 
-from torch import Tensor, device, int32, int64
+from torch import SymInt, Tensor, device, int32, int64
 
 
 def tensor(name: str, x: Tensor, layout: str, *, floating: bool = True) -> None:
@@ -15,6 +15,12 @@ def tensor(name: str, x: Tensor, layout: str, *, floating: bool = True) -> None:
         raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
     if floating and not x.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
+
+
+def integer(name: str, value: int) -> None:
+    """Value must be a host int: a tensor would have to be waited for."""
+    if isinstance(value, bool) or not isinstance(value, int | SymInt):
+        raise TypeError(f"{name} must be an int, got {value!r}")
 
 
 def same(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:

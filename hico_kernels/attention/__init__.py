@@ -48,6 +48,8 @@ def ragged_attention(
     checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
     checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
     checks.same_batch("cu_seqlens_k", cu_seqlens_k, "cu_seqlens_q", cu_seqlens_q)
+    checks.integer("max_seqlen_q", max_seqlen_q)
+    checks.integer("max_seqlen_k", max_seqlen_k)
     if key_bias is not None:
         checks.tensor("key_bias", key_bias, "[Sk]")
         checks.same("key_bias", key_bias, "k", k, dtype=False)
@@ -57,7 +59,11 @@ def ragged_attention(
             raise ValueError("key_bias must not require a gradient: it is a constant of attention")
     scale = checks.default_scale(q) if scale is None else float(scale)
     rest = (max_seqlen_q, max_seqlen_k, causal, scale, key_bias)
-    out, lse = RaggedAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, rest, impl)
+    # torch.compile refuses a tensor in two places of an autograd.Function
+    ends = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
+    k = k.view_as(k) if k is q else k
+    v = v.view_as(v) if v is q or v is k else v
+    out, lse = RaggedAttention.apply(q, k, v, cu_seqlens_q, ends, rest, impl)
     return (out, lse) if return_lse else out
 
 

@@ -13,6 +13,7 @@ class RaggedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_q, cu_k, rest: tuple, impl: str):  # noqa: D102
         *numbers, key_bias = rest
+        cu_k = cu_q if cu_k is None else cu_k
         run = overload("ragged_attention", impl, q, k, v)
         out, lse = run(q, k, v, cu_q, cu_k, *numbers, key_bias)
         ctx.numbers, ctx.impl = numbers, impl

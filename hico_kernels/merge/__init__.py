@@ -5,8 +5,7 @@ beside this file.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from torch import Tensor, float32, float64, int32, int64
 
 from hico_kernels import checks
 from hico_kernels.dispatch import overload
@@ -40,6 +39,8 @@ def merge_tokens(
     "triton" and "cuda" take exactly that one or raise ValueError with the reason.
     """
     checks.tensor("x", x, "[N, T, C]")
+    checks.integer("num_heads", num_heads)
+    checks.integer("num_tokens", num_tokens)
     if num_heads < 1 or x.shape[2] % num_heads:
         raise ValueError(
             f"num_heads must divide the {x.shape[2]} channels of x, got num_heads={num_heads}"
@@ -75,12 +76,18 @@ class Matching:
         checks.same("x", x, "the matching", self.assignment, dtype=False)
         if sizes is not None:
             checks.tensor("sizes", sizes, "[N, T]", floating=False)
+            if not sizes.is_floating_point() and sizes.dtype not in (int32, int64):
+                raise TypeError(f"sizes must be floating point, int32 or int64, got {sizes.dtype}")
             checks.same("sizes", sizes, "x", x, dtype=False)
             if sizes.shape != self.assignment.shape:
                 raise ValueError(
                     f"sizes must be {tuple(self.assignment.shape)}, got {tuple(sizes.shape)}"
                 )
-        return MergeApply.apply(x, self.assignment, self.num_tokens, sizes, impl)
+        weights = sizes
+        if sizes is not None and sizes.is_floating_point():  # half precision cannot count
+            weights = sizes.detach().to(float64 if x.dtype == float64 else float32)
+        tokens, merged = MergeApply.apply(x, self.assignment, self.num_tokens, weights, impl)
+        return tokens, merged if sizes is None else merged.to(sizes.dtype)
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Give every original token the value of the token it went into: x [N, num_tokens, C] ->
@@ -90,7 +97,8 @@ class Matching:
         if x.shape[0] != self.assignment.shape[0] or x.shape[1] != self.num_tokens:
             expected = f"[{self.assignment.shape[0]}, {self.num_tokens}, C]"
             raise ValueError(f"x must be {expected}, got shape {tuple(x.shape)}")
-        return torch.take_along_dim(x, self.assignment.long()[..., None], dim=1)
+        index = self.assignment.long()[..., None].expand(-1, -1, x.shape[2])
+        return x.gather(1, index)
 
 
 def bipartite_soft_matching(
@@ -113,6 +121,7 @@ def bipartite_soft_matching(
     as in `merge_tokens`.
     """
     checks.tensor("metric", metric, "[N, T, D]")
+    checks.integer("r", r)
     if distill_token and not class_token:
         raise ValueError("distill_token needs class_token: it is the token after the class token")
     if r < 0:

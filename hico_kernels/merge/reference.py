@@ -110,11 +110,13 @@ def merge_apply_reference(
         counts = _counts(rows, num_tokens)
         sums, merged = _segment_sum(_wide(x), rows, num_tokens), counts.int()
     else:
-        weights = sizes.to(_wide(x).dtype)
-        sums = _segment_sum(_wide(x) * weights[..., None], rows, num_tokens)
-        merged = _segment_sum(sizes[..., None], rows, num_tokens)[..., 0]
+        weights = sizes.to(_wide(x).dtype)[..., None]
+        sums = _segment_sum(_wide(x) * weights, rows, num_tokens)
+        exact = weights if sizes.is_floating_point() else sizes[..., None]
+        merged = _segment_sum(exact, rows, num_tokens)[..., 0]
     total = merged.to(sums.dtype)[..., None]
-    return torch.where(total != 0, sums / total, 0).to(x.dtype), merged
+    tokens = torch.where(total != 0, sums / total, 0).to(x.dtype)
+    return tokens, merged if sizes is None else merged.to(sizes.dtype)
 
 
 @register_reference
@@ -145,7 +147,8 @@ def merge_tokens_reference(
     n, t, _ = x.shape
     if num_tokens == t:
         assignment = torch.arange(t, dtype=torch.int32, device=x.device).repeat(n, 1)
-        return x.clone(), torch.ones_like(assignment), assignment
+        copy = x.clone(memory_format=torch.contiguous_format)
+        return copy, torch.ones_like(assignment), assignment
     assignment = torch.arange(t, device=x.device).repeat(n, 1)
     metric = _head_mean(x, num_heads)
     sums, left = metric, t

@@ -56,7 +56,11 @@ def select_topk(
     if scores.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"scores must be float32 or float64, got {scores.dtype}")
     checks.cu_seqlens("cu_seqlens", cu_seqlens, scores.device)
+    if not isinstance(keep, list | tuple):
+        raise TypeError(f"keep must be a list of ints, got {keep!r}")
     keep = list(keep)
+    for count in keep:
+        checks.integer("keep", count)
     if len(keep) != cu_seqlens.shape[0] - 1:
         raise ValueError(
             f"keep must have one count for each of {cu_seqlens.shape[0] - 1} sequences, got {keep}"
@@ -75,6 +79,8 @@ def uniform_indices(
     Equal to ``torch.linspace(0, num_tokens - 1, keep, dtype=torch.long)`` on the CPU, on every
     device: -> [keep] int64, rising. 0 <= keep <= num_tokens. impl: as in `merge_tokens`.
     """
+    checks.integer("num_tokens", num_tokens)
+    checks.integer("keep", keep)
     if not 0 <= keep <= num_tokens:
         raise ValueError(f"keep must be in [0, {num_tokens}], the number of tokens, got {keep}")
     device = torch.device(device)
@@ -85,7 +91,7 @@ def gather_tokens(x: Tensor, index: Tensor, *, impl: str = "auto") -> Tensor:
     """Rows of x.
 
     x [S, C] of any dtype, index [M] int64 in [0, S) -> [M, C] contiguous. Differentiable
-    in x. An index outside raises IndexError on the CPU. impl: as in `merge_tokens`.
+    in x. An index outside is an error on the CPU. impl: as in `merge_tokens`.
     """
     checks.tensor("x", x, "[S, C]", floating=False)
     checks.tensor("index", index, "[M]", floating=False)

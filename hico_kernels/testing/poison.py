@@ -27,10 +27,3 @@ def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield view("transposed", poisoned(x, x.mT.shape).mT)
     if x.dim() > 2:
         yield view("outer_swapped", poisoned(x, x.transpose(0, 1).shape).transpose(0, 1))
-
-
-def broadcasts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Views of x with a stride of 0, so with fewer values, each with its name."""
-    if x.numel():
-        yield "expanded_rows", x[:1].expand_as(x)
-        yield "expanded_columns", x[..., :1].expand_as(x)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hico_kernels.testing.poison import broadcasts, layouts
+from hico_kernels.testing.poison import layouts
 from hico_kernels.testing.shapes import RAGGED, cu_seqlens
 
 
@@ -54,15 +54,22 @@ class Draw:
 
 
 def _strided(x: Tensor, *rest, **kwargs) -> Samples:
-    for name, view in (*layouts(x), *broadcasts(x)):
-        yield Sample(name, (view, *rest), kwargs)
+    """A stride of 0, and two of the layouts; promises.any_layout goes through all of them.
+
+    Equal rows, not equal columns: those would tie up to rounding in matching, and what wins is then undefined.
+    """
+    views = dict(layouts(x))
+    yield Sample("expanded_rows", (x[:1].expand_as(x), *rest), kwargs)
+    yield Sample("stepped", (views["stepped"], *rest), kwargs)
+    yield Sample("transposed", (views["transposed"], *rest), kwargs)
 
 
 def merge_tokens(device: str, dtype: torch.dtype) -> Samples:
     """x [N, T, C], num_tokens; num_heads."""
     d = Draw(device, dtype, seed=1)
-    for n, t, k, c, h in ((2, 12, 5, 24, 4), (3, 13, 6, 16, 1), (1, 784, 64, 128, 16), (2, 65, 64, 8, 2)):
-        yield Sample(f"{n}x{t}to{k}-c{c}-h{h}", (d.normal(n, t, c), k), {"num_heads": h})
+    for n, t, k, c, h in ((2, 12, 5, 24, 4), (3, 13, 6, 16, 1), (2, 784, 64, 256, 16), (2, 65, 64, 8, 2)):
+        yield Sample(f"{t}to{k}-h{h}", (d.normal(n, t, c), k), {"num_heads": h})
+    yield Sample("large", (d.normal(5, 256, 96), 64), {"num_heads": 4})
     x = d.normal(2, 9, 8)
     yield Sample("to_one", (x, 1))
     yield Sample("to_all", (x, 9))
@@ -72,8 +79,9 @@ def merge_tokens(device: str, dtype: torch.dtype) -> Samples:
     yield Sample("ties", (d.directions(2, 128, 6, run=8), 16))
     yield Sample("ties_partial_round", (d.directions(2, 26, 3, run=2), 11))
     yield Sample("all_zero", (torch.zeros_like(x), 4))
-    x[0, 2], x[1, 5, 3] = torch.nan, torch.nan
-    yield Sample("nan_tokens", (x, 6))
+    odd = x.clone()
+    odd[0, 2], odd[1, 5, 3] = torch.nan, torch.nan
+    yield Sample("nan_tokens", (odd, 6))
     yield from _strided(d.normal(2, 12, 8), 5, num_heads=2)
     yield Sample("transposed_to_all", (d.normal(2, 8, 9).mT, 9))
 
@@ -89,14 +97,16 @@ def bipartite_soft_matching(device: str, dtype: torch.dtype) -> Samples:
     yield Sample("class_and_distill_token", (x, 5), both)
     yield Sample("class_and_distill_token-all", (x, 7), both)
     yield Sample("197tokens-r16", (d.normal(3, 197, 64), 16), {"class_token": True})
+    yield Sample("large", (d.normal(5, 400, 32), 150))
     yield Sample("no_clips", (d.normal(0, 9, 8), 3))
     yield Sample("no_tokens", (d.normal(2, 0, 8), 0))
     yield Sample("one_token", (d.normal(2, 1, 8), 0))
     yield Sample("no_channels", (d.normal(2, 9, 0), 3))
     for r in (6, 20):
         yield Sample(f"ties-r{r}", (d.unit_grid(2, 40, 6), r))
-    x[:, 4], x[:, 9], x[1, 0] = torch.nan, torch.nan, 0
-    yield Sample("nan_and_zero_tokens", (x, 6))
+    odd = x.clone()
+    odd[:, 4], odd[:, 9], odd[1, 0] = torch.nan, torch.nan, 0
+    yield Sample("nan_and_zero_tokens", (odd, 6))
     yield Sample("all_nan", (torch.full_like(x, torch.nan), 6))
     yield from _strided(d.normal(3, 14, 6), 4)
 
@@ -114,6 +124,8 @@ def merge_apply(device: str, dtype: torch.dtype) -> Samples:
     yield Sample("zero_sizes", (x, into, 5, torch.zeros_like(sizes)))
     many = d.whole(0, 2, 1, 700, dtype=torch.int32)
     yield Sample("many_members", (d.normal(1, 700, 33) + 1, many, 2, None))
+    spread = d.whole(0, 64, 4, 784, dtype=torch.int32)
+    yield Sample("large", (d.normal(4, 784, 96), spread, 64, 1 + spread % 5))
     yield Sample("no_clips", (x[:0], into[:0], 5, None))
     yield Sample("no_tokens", (x[:, :0], into[:, :0], 3, None))
     yield Sample("no_positions", (x[:, :0], into[:, :0], 0, None))
@@ -134,6 +146,8 @@ def merge_backward(device: str, dtype: torch.dtype) -> Samples:
     yield Sample("weighted", (grad, into, weighted, sizes))
     yield Sample("float_sizes", (grad, into, weighted / 4, sizes / 4))
     yield Sample("nothing_merged", (grad, into, torch.zeros_like(merged), None))
+    spread = d.whole(0, 64, 4, 784, dtype=torch.int32)
+    yield Sample("large", (d.normal(4, 64, 96), spread, 1 + spread[:, :64] % 9, None))
     yield Sample("no_clips", (grad[:0], into[:0], merged[:0], None))
     yield Sample("no_channels", (grad[..., :0], into, merged, None))
     yield from _strided(grad, into, weighted, sizes)
@@ -154,16 +168,17 @@ def text_guided_scores(device: str, dtype: torch.dtype) -> Samples:
     yield call("gqa7-d128", (1, 1), (70, 20), heads=28, groups=4, width=128)
     yield call("mha-odd_width-int64", (2, 1), (5, 8), heads=3, groups=3, width=7, cu=torch.int64)
     yield call("sharp", (1, 2), (33, 20), scale=8.0)
+    yield call("large", (1, 3), (4000, 1500), heads=8, groups=2, width=64)
     yield call("no_text", (0, 0), (4, 5))
     yield call("no_keys", (2, 1), (0, 5))
     yield call("no_rows_at_all", (0, 0), (0, 0))
     yield call("no_sequences", (), ())
     yield call("no_width", (1, 2), (3, 4), width=0)
     _, (q, k, *ends), _ = call("", (2, 1), (9, 6))
-    for name, view in (*layouts(q), *broadcasts(q)):
-        yield Sample(f"q-{name}", (view, k, *ends))
-    for name, view in (*layouts(k), *broadcasts(k)):
-        yield Sample(f"k-{name}", (q, view, *ends))
+    for name, args, kwargs in _strided(q, k, *ends):
+        yield Sample(f"q-{name}", args, kwargs)
+    for name, (view, *_), kwargs in _strided(k):
+        yield Sample(f"k-{name}", (q, view, *ends), kwargs)
 
 
 def select_topk(device: str, dtype: torch.dtype) -> Samples:
@@ -177,6 +192,7 @@ def select_topk(device: str, dtype: torch.dtype) -> Samples:
         yield call(name, d.normal(sum(lengths)), lengths, (n // 2 for n in lengths))
     yield call("all-int64", d.normal(9), (5, 4), (5, 4), torch.int64)
     yield call("none", d.normal(9), (5, 4), (0, 0))
+    yield call("large", d.normal(30000), (9000, 21000), (3000, 9000))
     yield call("no_sequences", d.normal(0), (), ())
     yield call("no_rows", d.normal(0), (0, 0), (0, 0))
     yield call("all_equal", d.normal(1).expand(40), (25, 15), (11, 4))
@@ -186,14 +202,14 @@ def select_topk(device: str, dtype: torch.dtype) -> Samples:
     for keep in (1, 30, 60, 90, 110, 119):
         yield call(f"nan_inf_zeros-{keep}", odd, (120,), (keep,))
     yield call("all_nan", torch.full_like(odd, torch.nan), (50, 70), (3, 70))
-    for name, view in layouts(d.normal(25)):
-        yield call(name, view, (10, 15), (3, 7))
+    yield call("stepped", d.normal(75)[::3], (10, 15), (3, 7))
 
 
 def uniform_indices(device: str, dtype: torch.dtype) -> Samples:
     """num_tokens, keep; device."""
     for n, keep in ((0, 0), (1, 1), (7, 0), (7, 1), (7, 2), (7, 7), (1024, 768), (16000, 5333)):
         yield Sample(f"{n}to{keep}", (n, keep), {"device": device})
+    yield Sample("large", (160000, 40000), {"device": device})
 
 
 def gather_tokens(device: str, dtype: torch.dtype) -> Samples:
@@ -205,12 +221,12 @@ def gather_tokens(device: str, dtype: torch.dtype) -> Samples:
     yield Sample("all_one_row", (x, index[:1].expand(9)))
     yield Sample("odd_width", (d.normal(40, 7), index))
     yield Sample("wide", (d.normal(9, 4099), d.whole(0, 9, 30)))
+    yield Sample("large", (d.normal(4000, 128), d.whole(0, 4000, 3000)))
     yield Sample("nothing_taken", (x, index[:0]))
     yield Sample("no_rows", (x[:0], index[:0]))
     yield Sample("no_channels", (x[:, :0], index))
     yield from _strided(x, index)
-    for name, view in layouts(index):
-        yield Sample(f"index-{name}", (x, view))
+    yield Sample("index-stepped", (x, d.whole(0, 40, 51)[::3]))
 
 
 def gather_tokens_backward(device: str, dtype: torch.dtype) -> Samples:
@@ -219,6 +235,7 @@ def gather_tokens_backward(device: str, dtype: torch.dtype) -> Samples:
     grad, index = d.normal(17, 24), d.whole(0, 40, 17)
     yield Sample("usual", (grad, index, 40))
     yield Sample("one_row_often", (d.normal(200, 3), torch.full((200,), 2, device=device), 5))
+    yield Sample("large", (d.normal(3000, 128), d.whole(0, 4000, 3000), 4000))
     yield Sample("nothing_taken", (grad[:0], index[:0], 40))
     yield Sample("no_rows", (grad[:0], index[:0], 0))
     yield Sample("no_channels", (grad[:, :0], index, 40))
