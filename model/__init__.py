@@ -1,0 +1,36 @@
+"""A thin VideoChat-Flash on top of `hico_kernels`: ask a question about a video."""
+
+from typing import TYPE_CHECKING, Any
+
+from hico_model.config import Config, presets
+from hico_model.errors import UserError
+
+from hico_kernels import DropPlan, TextTopK, Uniform
+
+if TYPE_CHECKING:
+    from hico_model.model import VideoChatFlash
+    from hico_model.pipeline import answer
+
+__all__ = [
+    "Config",
+    "DropPlan",
+    "TextTopK",
+    "Uniform",
+    "UserError",
+    "VideoChatFlash",
+    "answer",
+    "presets",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`VideoChatFlash` and `answer` import transformers and a video decoder: only when used."""
+    if name == "VideoChatFlash":
+        from hico_model.model import VideoChatFlash
+
+        return VideoChatFlash
+    if name == "answer":
+        from hico_model.pipeline import answer
+
+        return answer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
