@@ -11,6 +11,8 @@ no other switches.
 
 import importlib.util
 import os
+import re
+import subprocess
 import sys
 import sysconfig
 from glob import glob
@@ -82,14 +84,32 @@ def torch_extension(name: str, files: list[str], *, guard: list[str], include=()
     )
 
 
+def cuda_home() -> str | None:
+    """The CUDA toolkit: by CUDA_HOME, where torch finds nvcc, or in the usual place."""
+    asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    # torch clears its CUDA_HOME when it is a CPU build, and takes the folder above any nvcc for the toolkit
+    for home in [asked] if asked else [ce.CUDA_HOME, ce._find_cuda_home(), "/usr/local/cuda"]:
+        if home and Path(home, "include/cuda_runtime.h").exists():
+            return home
+    return None
+
+
 def want_cuda(home: str | None) -> bool:
-    """Whether to build _C_cuda: by HICO_CUDA, else where nvcc and a CUDA torch are."""
+    """Whether to build _C_cuda: by HICO_CUDA, else where a toolkit is that fits torch's own CUDA."""
     ask = os.environ.get("HICO_CUDA", "auto")
     if ask not in ("0", "1", "auto"):
         raise RuntimeError(f"HICO_CUDA must be 0, 1 or unset, got {ask!r}")
     if ask == "1" and home is None:
         raise RuntimeError("HICO_CUDA=1 needs nvcc: set CUDA_HOME to the toolkit (found none)")
-    return ask == "1" or (ask == "auto" and home is not None and torch.version.cuda is not None)
+    if ask != "auto" or home is None or torch.version.cuda is None:
+        return ask == "1"
+    shown = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)", shown)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        found = f"CUDA {release[1]}" if release else "no working nvcc"
+        print(f"hico_kernels: no CUDA kernels, {home} has {found}, torch CUDA {torch.version.cuda}")
+        return False
+    return True
 
 
 def extensions() -> list:
@@ -104,7 +124,7 @@ def extensions() -> list:
             extra_link_args=GUARD,
         ),
     ]
-    home = ce.CUDA_HOME or ce._find_cuda_home()  # torch clears CUDA_HOME when it is a CPU build
+    home = cuda_home()
     if want_cuda(home):
         ce.CUDA_HOME = home
         found.append(

@@ -1,0 +1,23 @@
+"""The README's code runs as printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readme_begins_with_diagram_commands_and_picture():
+    text = (ROOT / "README.md").read_text()
+    wanted = ["video.mp4 ─▶ frames", "make demo\nmake test", "(docs/demo.png)", "## In your code"]
+    places = [text.find(part) for part in wanted]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["operations", "model"])
+def test_the_readmes_code_runs(block, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exec(compile(block, "README.md", "exec"), {})
