@@ -87,7 +87,7 @@ def torch_extension(name: str, files: list[str], *, guard: list[str], include=()
 def cuda_home() -> str | None:
     """The CUDA toolkit: by CUDA_HOME, where torch finds nvcc, or in the usual place."""
     asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    # torch clears its CUDA_HOME when it is a CPU build, and takes the folder above any nvcc for the toolkit
+    # A CPU torch clears its CUDA_HOME; and torch takes the folder above any nvcc for the toolkit.
     for home in [asked] if asked else [ce.CUDA_HOME, ce._find_cuda_home(), "/usr/local/cuda"]:
         if home and Path(home, "include/cuda_runtime.h").exists():
             return home
@@ -95,7 +95,7 @@ def cuda_home() -> str | None:
 
 
 def want_cuda(home: str | None) -> bool:
-    """Whether to build _C_cuda: by HICO_CUDA, else where a toolkit is that fits torch's own CUDA."""
+        print(f"hico_kernels: no CUDA kernels: {home} has {found}, torch {torch.version.cuda}")
     ask = os.environ.get("HICO_CUDA", "auto")
     if ask not in ("0", "1", "auto"):
         raise RuntimeError(f"HICO_CUDA must be 0, 1 or unset, got {ask!r}")
@@ -103,8 +103,8 @@ def want_cuda(home: str | None) -> bool:
         raise RuntimeError("HICO_CUDA=1 needs nvcc: set CUDA_HOME to the toolkit (found none)")
     if ask != "auto" or home is None or torch.version.cuda is None:
         return ask == "1"
-    shown = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release (\d+)", shown)
+    shown = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True)
+    release = re.search(r"release (\d+)", shown.stdout)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         found = f"CUDA {release[1]}" if release else "no working nvcc"
         print(f"hico_kernels: no CUDA kernels, {home} has {found}, torch CUDA {torch.version.cuda}")

@@ -48,6 +48,8 @@ def why_not(operation: str, impl: str, *tensors: Tensor) -> str | None:
     module = f"_C_{impl}"
     if module in native.reasons:
         return f"hico_kernels.{module}: {native.reasons[module]}"
+    if impl == "cuda" and not tensors and not torch.cuda.is_available():
+        return "torch sees no CUDA device here"
     for x in tensors:
         if x.device.type != impl:
             return f"tensors must be on {impl}, got {x.device.type}"
