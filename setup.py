@@ -95,7 +95,7 @@ def cuda_home() -> str | None:
 
 
 def want_cuda(home: str | None) -> bool:
-        print(f"hico_kernels: no CUDA kernels: {home} has {found}, torch {torch.version.cuda}")
+    """Whether to build _C_cuda: by HICO_CUDA, else where the toolkit fits torch's own CUDA."""
     ask = os.environ.get("HICO_CUDA", "auto")
     if ask not in ("0", "1", "auto"):
         raise RuntimeError(f"HICO_CUDA must be 0, 1 or unset, got {ask!r}")
@@ -107,7 +107,7 @@ def want_cuda(home: str | None) -> bool:
     release = re.search(r"release (\d+)", shown.stdout)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         found = f"CUDA {release[1]}" if release else "no working nvcc"
-        print(f"hico_kernels: no CUDA kernels, {home} has {found}, torch CUDA {torch.version.cuda}")
+        print(f"hico_kernels: no CUDA kernels: {home} has {found}, torch {torch.version.cuda}")
         return False
     return True
 
