@@ -2,10 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from hico_kernels import DropPlan, TextTopK, Uniform
 from hico_model.config import Config, presets
 from hico_model.errors import UserError
-
-from hico_kernels import DropPlan, TextTopK, Uniform
 
 if TYPE_CHECKING:
     from hico_model.model import VideoChatFlash

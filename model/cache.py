@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from hico_model.rows import Rows, to_device
 from torch import Tensor
 
 from hico_kernels import ragged_decode_attention
+from hico_model.rows import Rows, to_device
 
 
 class Cache:

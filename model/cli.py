@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from hico_kernels import DropPlan, TextTopK, Uniform
 from hico_model import page, presets, report
 from hico_model.errors import UserError
-
-from hico_kernels import DropPlan, TextTopK, Uniform
 
 if TYPE_CHECKING:
     from hico_model import VideoChatFlash

@@ -1,4 +1,4 @@
-"""The sizes of a VideoChat-Flash: one frozen dataclass, and the published checkpoints as presets."""
+"""The sizes of a VideoChat-Flash: one frozen dataclass, with the published models as presets."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ def _paper_plan() -> DropPlan:
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes are those of the checkpoints' config.json; `vision_layers` counts the blocks that are built."""
+    """Sizes are those of the checkpoints; `vision_layers` counts the blocks that are built."""
 
     name: str
     # vision encoder: UMT-L, one clip of 4 frames at a time
@@ -55,7 +55,7 @@ class Config:
 presets = {
     c.name: c
     for c in (
-        # A few million parameters, the same code path and depth: seconds on two CPU cores. No checkpoint exists.
+        # A few million parameters, the same code path and depth: seconds on two CPU cores.
         Config(
             "nano",
             image_size=224,

@@ -5,9 +5,6 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
-from hico_model import qwen2
-from hico_model.config import Config
-from hico_model.rows import Rows, to_device
 from torch import Tensor, nn
 
 from hico_kernels import (
@@ -18,6 +15,9 @@ from hico_kernels import (
     text_guided_scores,
     uniform_indices,
 )
+from hico_model import qwen2
+from hico_model.config import Config
+from hico_model.rows import Rows, to_device
 
 
 class Kept(NamedTuple):

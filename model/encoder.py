@@ -9,8 +9,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hico_model.config import Config
 from torch import Tensor, nn
+
+from hico_model.config import Config
 
 PRETRAINED_GRID = 14  # patches along a side at 224 pixels
 

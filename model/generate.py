@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from hico_model.errors import UserError
-from hico_model.llm import LanguageModel, Prefill, Prompt, Watch
 from torch import Tensor
 
 from hico_kernels import DropPlan
+from hico_model.errors import UserError
+from hico_model.llm import LanguageModel, Prefill, Prompt, Watch
 
 
 class Generated(NamedTuple):

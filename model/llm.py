@@ -5,14 +5,14 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from hico_kernels import DropPlan, TextTopK, Uniform, ragged_attention
 from hico_model import qwen2
 from hico_model.cache import Cache
 from hico_model.config import Config
 from hico_model.dropping import drop
 from hico_model.rows import Rows, from_zero, to_device
-from torch import Tensor
-
-from hico_kernels import DropPlan, TextTopK, Uniform, ragged_attention
 
 Watch = Callable[[str, Tensor], None]  # gets the name and the result of every finished stage
 

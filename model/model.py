@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
+
 from hico_model.config import Config, presets
 from hico_model.encoder import Encoder
 from hico_model.errors import UserError
@@ -12,7 +14,6 @@ from hico_model.llm import LanguageModel
 from hico_model.projector import Connector
 from hico_model.prompt import load_tokenizer, nano_tokenizer
 from hico_model.weights import initialise, load
-from torch import nn
 
 IMAGE_SIZES = {"umt-large": 224, "umt-hd-large": 448}  # pixels, by mm_vision_tower
 LANGUAGE_FIELDS = {  # of Config, and their names in config.json

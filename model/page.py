@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
+
 from hico_model import report
 from hico_model.report import TIMES, Run
 from hico_model.trace import Trace
-from PIL import Image
-from torch import Tensor
 
 MAX_CLIPS = 16  # shown with their frames, evenly spread
 SHOWN_SIZE = 224  # pixels of a frame on the page

@@ -4,6 +4,10 @@ from os import PathLike
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hico_kernels import DropPlan, merge_tokens
 from hico_model.clips import to_clips
 from hico_model.generate import generate
 from hico_model.llm import Prompt
@@ -12,10 +16,6 @@ from hico_model.prompt import chat_prompt, time_message, tokenize
 from hico_model.sampling import frame_indices
 from hico_model.trace import Answer, Recorder, Stage, Trace
 from hico_model.video import probe, read_frames
-from torch import Tensor
-from tqdm import tqdm
-
-from hico_kernels import DropPlan, merge_tokens
 
 __all__ = ["Answer", "Stage", "Trace", "answer"]
 
@@ -100,7 +100,7 @@ def encode(
     """frames [F, S, S, 3] uint8 -> visual tokens [N * K, D], and the merge that made them.
 
     That is the assignment [N, T] and the sizes [N, K], both int32, of the N = F / 4 clips. They go
-    through encoder and merge in batches, so memory does not grow with the video.
+    through encoder and merge in batches, whose size does not grow with the video.
     """
     config, parts = model.config, []
     batch = max(1, TOKENS_PER_BATCH // config.patches_per_frame // config.frames_per_clip)

@@ -1,9 +1,9 @@
 """Tokens -> fewer tokens -> the language model's space: HiCo's clip-level compression."""
 
-from hico_model.config import Config
 from torch import Tensor, nn
 
 from hico_kernels import MergedTokens, merge_tokens
+from hico_model.config import Config
 
 
 class Connector(nn.Module):

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
-from hico_model.errors import UserError
 from tokenizers import decoders, models, pre_tokenizers
+
+from hico_model.errors import UserError
 
 VIDEO = "<image>"  # the name of the placeholder in the training data, for videos too
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")

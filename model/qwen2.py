@@ -5,9 +5,10 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from hico_model.config import Config
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from hico_model.config import Config
 
 
 class Qwen2Weights(nn.Module):

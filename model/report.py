@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hico_model.config import Config, presets
-from hico_model.trace import Answer, Trace
-
 from hico_kernels import DropPlan
 from hico_kernels.flops import kv_bytes, prefill_flops, rows_per_layer
+from hico_model.config import Config, presets
+from hico_model.trace import Answer, Trace
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 HEAD = ("stage", "shape", "tokens", "kept", "time", "share")

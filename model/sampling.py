@@ -1,6 +1,7 @@
 """How many frames of a video are looked at, and which ones."""
 
 import numpy as np
+
 from hico_model.errors import UserError
 
 FRAMES_PER_CLIP = 4

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from hico_model.video import VideoInfo
 from torch import Tensor
+
+from hico_model.video import VideoInfo
 
 
 @dataclass(frozen=True)

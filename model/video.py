@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+
 from hico_model.clips import resize
 from hico_model.errors import UserError
 

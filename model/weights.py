@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from hico_model.errors import UserError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from hico_model.errors import UserError
 
 # Attribute of the model -> prefix of its names in a checkpoint; the language model's have none.
 PREFIXES = {

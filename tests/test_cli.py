@@ -7,11 +7,10 @@ import pytest
 
 pytest.importorskip("av")
 
+from hico_kernels import TextTopK, Uniform
 from hico_model.cli import DEMO_VIDEO, main, parse_drop
 from hico_model.config import presets
 from hico_model.errors import UserError
-
-from hico_kernels import TextTopK, Uniform
 
 QUESTION = "What is there?"
 SMALL = ["--frames", "4", "--max-new-tokens", "2"]

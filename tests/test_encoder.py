@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+
+from hico_kernels import merge_tokens
 from hico_model.clips import resize, to_clips
 from hico_model.config import presets
 from hico_model.encoder import Encoder, position_table
 from hico_model.projector import Connector
-from PIL import Image
-
-from hico_kernels import merge_tokens
 
 NANO = presets["nano"]
 

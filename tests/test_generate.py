@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hico_model import generate as generate_module
-from hico_model.errors import UserError
-from hico_model.generate import generate
-from hico_model.llm import Prompt
 from test_model import PLANS, SMALL, make, prompts, stock
 from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 from hico_kernels import DropPlan
+from hico_model import generate as generate_module
+from hico_model.errors import UserError
+from hico_model.generate import generate
+from hico_model.llm import Prompt
 
 NO_DROP = DropPlan({})
 PLAN = DropPlan(PLANS["uniform-text"], "renumber")

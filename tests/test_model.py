@@ -6,16 +6,16 @@ from types import MappingProxyType
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from hico_kernels import DropPlan, TextTopK, Uniform
 from hico_model import llm as llm_module
 from hico_model import qwen2
 from hico_model.cache import Cache
 from hico_model.config import presets
 from hico_model.llm import LanguageModel, Prompt
 from hico_model.rows import Rows
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
-from hico_kernels import DropPlan, TextTopK, Uniform
 
 SMALL = replace(
     presets["nano"],

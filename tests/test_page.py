@@ -10,10 +10,9 @@ import torch
 
 pytest.importorskip("av")
 
+from hico_kernels.flops import kv_bytes, rows_per_layer
 from hico_model import VideoChatFlash, answer, page, presets, report
 from hico_model.cli import DEMO_VIDEO
-
-from hico_kernels.flops import kv_bytes, rows_per_layer
 
 QUESTION = 'Is <b>this</b> "it"?</script><script>alert(1)</script>'
 NEW_TOKENS = 2

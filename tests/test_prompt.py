@@ -1,4 +1,5 @@
 import pytest
+
 from hico_model.errors import UserError
 from hico_model.prompt import (
     Tokenizer,

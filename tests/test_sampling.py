@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+
 from hico_model.errors import UserError
 from hico_model.sampling import frame_indices
 

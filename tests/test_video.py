@@ -6,6 +6,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+
 from hico_model import video
 from hico_model.clips import resize
 from hico_model.errors import UserError

@@ -3,15 +3,15 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hico_kernels import merge_tokens
 from hico_model.config import presets
 from hico_model.encoder import Encoder
 from hico_model.errors import UserError
 from hico_model.projector import Connector
 from hico_model.weights import initialise, load, official_state
-from safetensors.torch import save_file
-from torch import nn
-
-from hico_kernels import merge_tokens
 
 transformers = pytest.importorskip("transformers")
 
