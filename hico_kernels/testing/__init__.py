@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: one table of operations with samples, the error budget, real shapes."""
+"""What tests and benchmarks share: operations with samples, the budget, real shapes."""
 
 from hico_kernels.testing.budget import assert_same_bits, assert_within_budget
 from hico_kernels.testing.samples import Sample

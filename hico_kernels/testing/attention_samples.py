@@ -36,7 +36,7 @@ def _packed(d: Draw, shape: str, cu: torch.dtype = torch.int32) -> tuple:
 
 
 def ragged_attention(device: str, dtype: torch.dtype) -> Samples:
-    """q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k; causal, scale, key_bias, return_lse."""
+    """q, k, v, both cu_seqlens, both max_seqlen; causal, scale, key_bias, return_lse."""
     d = Draw(device, dtype, seed=11)
 
     def call(name: str, shape: str, cu: torch.dtype = torch.int32, **kwargs) -> Sample:
@@ -62,7 +62,7 @@ def ragged_attention(device: str, dtype: torch.dtype) -> Samples:
 
 
 def ragged_attention_backward(device: str, dtype: torch.dtype) -> Samples:
-    """Grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, the two max_seqlen, causal, scale, key_bias."""
+    """Grad, q, k, v, out, lse, both cu_seqlens, both max_seqlen, causal, scale, key_bias."""
     d = Draw(device, dtype, seed=12)
 
     def call(name: str, shape: str, causal: bool = True, bias: Tensor | None = None) -> Sample:
@@ -83,14 +83,17 @@ def ragged_decode_attention(device: str, dtype: torch.dtype) -> Samples:
     """q, k_cache, v_cache, kv_lengths; scale."""
     d = Draw(device, dtype, seed=13)
 
-    def call(name, lengths, longest, heads=4, groups=2, width=16, cu=torch.int32, **kwargs) -> Sample:
+    def call(
+        name, lengths, longest, heads=4, groups=2, width=16, cu=torch.int32, **kwargs
+    ) -> Sample:
         b = len(lengths)
         q = d.normal(b, heads, width)
         k, v = d.normal(b, longest, groups, width), d.normal(b, longest, groups, width)
         lengths = torch.tensor(lengths, dtype=cu, device=device)
         for cache in (k, v):  # what is not valid yet must not be read
             cache.masked_fill_(
-                (torch.arange(longest, device=device) >= lengths[:, None])[..., None, None], torch.nan
+                (torch.arange(longest, device=device) >= lengths[:, None])[..., None, None],
+                torch.nan,
             )
         return Sample(name, (q, k, v, lengths), kwargs)
 
@@ -110,7 +113,7 @@ def ragged_decode_attention(device: str, dtype: torch.dtype) -> Samples:
 
 
 def _strided(args: tuple, count: int, kwargs: dict) -> Samples:
-    """The first `count` tensors with a stride of 0, then all of them as slices of head-first memory."""
+    """Each of the first `count` tensors with a stride of 0, then all of them in two layouts."""
     for i in range(count):
         view = args[i][:1].expand_as(args[i])
         yield Sample(f"{i}-expanded_rows", (*args[:i], view, *args[i + 1 :]), kwargs)

@@ -4,11 +4,18 @@ import torch
 from torch import Tensor
 
 
-def assert_within_budget(actual: Tensor, exact: Tensor, same_precision: Tensor, name: str) -> None:
+def assert_within_budget(
+    actual: Tensor, exact: Tensor, same_precision: Tensor, name: str, *, terms: float = 0.0
+) -> None:
     """`actual` errs at most twice as much as plain torch in its own precision plus one rounding.
 
-    exact: the definition in float64. same_precision: the definition in the dtype of the call. Whole numbers must
-    be equal to the exact ones. Infinities and NaN must stand exactly where the truth has them, nowhere else.
+    Results of half precision may also not drift towards or away from zero, as truncated ones do.
+
+    exact: the definition in float64. same_precision: the definition in the dtype of the call.
+    terms: the size of what is added up, where so little is added that it may cancel: one rounding
+    of the accumulator (float32, float64 for float64) at that size is part of the budget.
+    Whole numbers must be equal to the exact ones. Infinities and NaN must stand where the truth
+    has them and nowhere else.
     """
     assert actual.dtype == same_precision.dtype, (
         f"{name}: dtype {actual.dtype}, expected {same_precision.dtype}"
@@ -32,12 +39,29 @@ def assert_within_budget(actual: Tensor, exact: Tensor, same_precision: Tensor, 
     if not finite.any():
         return
     truth = exact[finite].double()
+    inside = torch.float64 if actual.dtype == torch.float64 else torch.float32
     rounding = torch.finfo(actual.dtype).eps * truth.abs().max().item()
+    rounding += torch.finfo(inside).eps * terms
     reference_error = (same_precision[finite].double() - truth).abs().max().item()
-    error, budget = (actual[finite].double() - truth).abs().max().item(), 2 * (reference_error + rounding)
-    assert error <= budget, (
-        f"{name}: error {error:.3e} exceeds {budget:.3e} (plain torch errs by {reference_error:.3e})"
+    error, budget = (
+        (actual[finite].double() - truth).abs().max().item(),
+        2 * (reference_error + rounding),
     )
+    assert error <= budget, (
+        f"{name}: error {error:.3e} exceeds {budget:.3e}, plain torch errs by {reference_error:.3e}"
+    )
+    if actual.element_size() == 2 and truth.numel() >= 200:
+        drift, own = (_drift(y[finite], truth) for y in (actual, same_precision))
+        limit = 2 * abs(own) + torch.finfo(actual.dtype).eps / 8
+        assert abs(drift) <= limit, (
+            f"{name}: drifts by {drift:.3e} of its size, allowed {limit:.3e}"
+        )
+
+
+def _drift(y: Tensor, truth: Tensor) -> float:
+    """Mean error away from zero, as a part of the mean size: near 0 when rounded to nearest."""
+    size = truth.abs().sum().item()
+    return (y.double().abs() - truth.abs()).sum().item() / size if size else 0.0
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, name: str) -> None:

@@ -1,7 +1,7 @@
-"""What a call must cost at least: bytes that have to cross memory once, and the arithmetic of its definition.
+"""What a call must cost at least: bytes that have to cross memory, and the arithmetic it defines.
 
-Every function takes the arguments of the registered operation. Inputs count as read once and outputs as written
-once, of what the result depends on; nothing that a better algorithm could avoid is counted.
+Every function takes the arguments of the registered operation. What the result depends on counts
+as read once, the outputs as written once; nothing that a better algorithm could avoid is counted.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def _pairs(rows: int, keys: int, causal: bool) -> int:
 
 @_cost_of("merge_tokens")
 def merge_tokens(x: Tensor, num_tokens: int, num_heads: int) -> Cost:
-    """x once in, tokens, sizes and assignment out; head mean, all pairs of every round, one mean."""
+    """x in, tokens, sizes and assignment out; head mean, all pairs of every round, one mean."""
     n, t, c = x.shape
     flops, left = 2 * t * c, t
     for r in merge_rounds(t, num_tokens):
@@ -135,7 +135,7 @@ def ragged_attention(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, key_bias)
 def ragged_attention_backward(
     grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale, key_bias
 ) -> Cost:
-    """Everything of the forward and its gradient in, three gradients out; five products per visible pair."""
+    """All of the forward and its gradient in, three gradients out; five products per pair."""
     flops = 10 * q.shape[1] * q.shape[2] * _attention_pairs(cu_q, cu_k, causal)
     return Cost(_size(grad, q, k, v, out, lse, cu_q, cu_k, key_bias, q, k, v), flops)
 

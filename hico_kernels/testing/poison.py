@@ -1,4 +1,4 @@
-"""The same values at other addresses, with poison in between: a kernel that ignores a stride reads the poison."""
+"""The same values at other addresses, poison in between: who ignores a stride reads the poison."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def poisoned(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Memory of the dtype of x filled with what must not be read: NaN, or -1 where there is none."""
+    """Memory of the dtype of x full of what must not be read: NaN, or -1 where there is none."""
     return x.new_full(shape, torch.nan if x.is_floating_point() else -1)
 
 

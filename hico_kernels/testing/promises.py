@@ -1,7 +1,7 @@
 """What every operation promises, whatever it computes, as checks that raise AssertionError.
 
-Each takes the operation's row, a sample and `run`, which maps a sample to a tuple of tensors; so the tests can
-apply them to every implementation, and to deliberately wrong ones.
+Each takes the operation's row, a sample and `run`, which maps a sample to a tuple of tensors. So
+the tests can apply them to every implementation, and to deliberately wrong ones.
 """
 
 from collections.abc import Callable, Iterator
@@ -59,7 +59,9 @@ def own_outputs(spec: OpSpec, sample: Sample, run: Run) -> None:
         assert y.is_contiguous(), f"{spec.name} {sample.id}: output {i} is not contiguous"
         if y.numel():
             other = owned.setdefault(y.untyped_storage().data_ptr(), f"output {i}")
-            assert other == f"output {i}", f"{spec.name} {sample.id}: output {i} shares with {other}"
+            assert other == f"output {i}", (
+                f"{spec.name} {sample.id}: output {i} shares with {other}"
+            )
 
 
 def same_bits_again(spec: OpSpec, sample: Sample, run: Run, repeats: int = 20) -> None:

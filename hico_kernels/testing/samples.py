@@ -1,7 +1,7 @@
-"""Sample inputs of every operation: usual, ragged, empty, strided, tied, with NaN. Small, fixed, on any device.
+"""Sample inputs of every operation: usual, ragged, empty, strided, tied, NaN. Small and fixed.
 
-The values leave a margin wherever a choice depends on them: between the best and the second best of random
-vectors, or exact ties of values that no order of summation can break. So every precision chooses alike.
+Where a choice depends on the values they leave a margin: between the best and the second best of
+random vectors, or exact ties that no order of summation breaks. So every precision chooses alike.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ class Draw:
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Standard normal, drawn in float32 so that all precisions see the same numbers up to rounding."""
+        """Standard normal, drawn in float32: the same numbers up to rounding in all precisions."""
         return torch.randn(shape, generator=self.generator).to(self.device, dtype or self.dtype)
 
     def whole(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -41,12 +41,12 @@ class Draw:
         return torch.randint(low, high, shape, generator=self.generator).to(self.device, dtype)
 
     def directions(self, n: int, t: int, c: int, run: int) -> Tensor:
-        """[n, t, c] one-hot tokens in runs of `run` equal ones: similarities are 0 or 1, full of ties."""
+        """[n, t, c] one-hot tokens in runs of equal ones: similarities are 0 or 1, full of ties."""
         kinds = self.whole(0, c, n, -(-t // run)).repeat_interleave(run, dim=1)[:, :t]
         return torch.nn.functional.one_hot(kinds, c).to(self.dtype)
 
     def unit_grid(self, n: int, t: int, c: int) -> Tensor:
-        """[n, t, c] tokens with four entries of -1 or 1: products are exact quarters, with many ties."""
+        """[n, t, c] tokens with four entries of -1 or 1: products are exact quarters, many tie."""
         places = torch.rand(n, t, c, generator=self.generator).argsort(dim=-1)[..., :4]
         signs = torch.randint(0, 2, (n, t, 4), generator=self.generator) * 2 - 1
         grid = torch.zeros(n, t, c, dtype=torch.int64).scatter_(2, places, signs)
@@ -56,7 +56,7 @@ class Draw:
 def _strided(x: Tensor, *rest, **kwargs) -> Samples:
     """A stride of 0, and two of the layouts; promises.any_layout goes through all of them.
 
-    Equal rows, not equal columns: those would tie up to rounding in matching, and what wins is then undefined.
+    Equal rows, not equal columns: those tie up to rounding in matching, so any of them may win.
     """
     views = dict(layouts(x))
     yield Sample("expanded_rows", (x[:1].expand_as(x), *rest), kwargs)
@@ -67,7 +67,12 @@ def _strided(x: Tensor, *rest, **kwargs) -> Samples:
 def merge_tokens(device: str, dtype: torch.dtype) -> Samples:
     """x [N, T, C], num_tokens; num_heads."""
     d = Draw(device, dtype, seed=1)
-    for n, t, k, c, h in ((2, 12, 5, 24, 4), (3, 13, 6, 16, 1), (2, 784, 64, 256, 16), (2, 65, 64, 8, 2)):
+    for n, t, k, c, h in (
+        (2, 12, 5, 24, 4),
+        (3, 13, 6, 16, 1),
+        (2, 784, 64, 256, 16),
+        (2, 65, 64, 8, 2),
+    ):
         yield Sample(f"{t}to{k}-h{h}", (d.normal(n, t, c), k), {"num_heads": h})
     yield Sample("large", (d.normal(5, 256, 96), 64), {"num_heads": 4})
     x = d.normal(2, 9, 8)
@@ -196,6 +201,8 @@ def select_topk(device: str, dtype: torch.dtype) -> Samples:
     yield call("no_sequences", d.normal(0), (), ())
     yield call("no_rows", d.normal(0), (0, 0), (0, 0))
     yield call("all_equal", d.normal(1).expand(40), (25, 15), (11, 4))
+    close = 1 + torch.randperm(200, generator=d.generator).to(device, dtype) * 2**-23
+    yield call("differ_in_the_last_bit", close, (150, 50), (70, 20))
     yield call("ties", d.whole(0, 4, 300).to(dtype), (170, 130), (60, 31))
     odd = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-40, -1e-40], dtype=dtype)
     odd = odd[torch.randint(0, 7, (120,), generator=d.generator)].to(device)
@@ -207,7 +214,17 @@ def select_topk(device: str, dtype: torch.dtype) -> Samples:
 
 def uniform_indices(device: str, dtype: torch.dtype) -> Samples:
     """num_tokens, keep; device."""
-    for n, keep in ((0, 0), (1, 1), (7, 0), (7, 1), (7, 2), (7, 7), (1024, 768), (16000, 5333)):
+    for n, keep in (
+        (0, 0),
+        (1, 1),
+        (7, 0),
+        (7, 1),
+        (7, 2),
+        (7, 7),
+        (43, 39),
+        (1024, 768),
+        (16000, 5333),
+    ):
         yield Sample(f"{n}to{keep}", (n, keep), {"device": device})
     yield Sample("large", (160000, 40000), {"device": device})
 
@@ -234,7 +251,8 @@ def gather_tokens_backward(device: str, dtype: torch.dtype) -> Samples:
     d = Draw(device, dtype, seed=8)
     grad, index = d.normal(17, 24), d.whole(0, 40, 17)
     yield Sample("usual", (grad, index, 40))
-    yield Sample("one_row_often", (d.normal(200, 3), torch.full((200,), 2, device=device), 5))
+    often = torch.full((1000,), 2, device=device)
+    yield Sample("one_row_often", (1 + d.normal(1000, 3), often, 5))
     yield Sample("large", (d.normal(3000, 128), d.whole(0, 4000, 3000), 4000))
     yield Sample("nothing_taken", (grad[:0], index[:0], 40))
     yield Sample("no_rows", (grad[:0], index[:0], 0))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ClipShape:
-    """What a vision encoder gives for one clip (or one frame or image), and what merging makes of it."""
+    """What an encoder gives for a clip (or a frame, an image), and what merging makes of it."""
 
     tokens: int
     channels: int
@@ -19,7 +19,7 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class LlmShape:
-    """Attention of one decoder layer over a video of so many frames at 16 tokens each, and the text around it."""
+    """Attention of one decoder layer over a video at 16 tokens a frame and the text around it."""
 
     frames: int
     text: int = 100
@@ -52,7 +52,7 @@ CLIPS = {
 }
 LLMS = {f"qwen2_{frames}frames": LlmShape(frames) for frames in (64, 256, 1000, 10000)}
 
-# Lengths of the sequences of a batch. After a drop they differ, some are far shorter than the rest, some empty.
+# Lengths of the sequences of a batch: after a drop they differ, some are far shorter, some empty.
 RAGGED = {
     "one": (37,),
     "even": (16, 16, 16),

@@ -107,9 +107,7 @@ SPECS = {
     spec.name: spec
     for spec in (
         OpSpec("merge_tokens", hk.merge_tokens, _s.merge_tokens, ("x",)),
-        OpSpec(
-            "bipartite_soft_matching", hk.bipartite_soft_matching, _s.bipartite_soft_matching
-        ),
+        OpSpec("bipartite_soft_matching", hk.bipartite_soft_matching, _s.bipartite_soft_matching),
         OpSpec("merge_apply", _merge_apply, _s.merge_apply, ("x",)),
         OpSpec("merge_backward", _merge_backward, _s.merge_backward),
         OpSpec("text_guided_scores", hk.text_guided_scores, _s.text_guided_scores),
