@@ -1,7 +1,9 @@
 """Drop plans: what they accept, how they count, that they survive JSON and work as keys."""
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 from hypothesis import given, settings
@@ -132,3 +134,9 @@ def test_a_wrong_plan_is_refused_by_name(message):
 def test_a_plan_fits_a_model_with_enough_layers():
     PAPER.check_layers(19)
     DropPlan({}).check_layers(0)
+
+
+def test_a_plan_cannot_be_changed_but_copied_and_pickled():
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        PAPER.drops[4] = Uniform(0.5)
+    assert pickle.loads(pickle.dumps(PAPER)) == copy.deepcopy(PAPER) == PAPER

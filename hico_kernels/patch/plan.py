@@ -7,6 +7,7 @@ text attends to in deep ones: ``DropPlan({4: Uniform(keep=0.75), 18: TextTopK(ke
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, get_args
 
 Positions = Literal["keep", "renumber"]
@@ -79,7 +80,10 @@ class DropPlan:
             raise ValueError(
                 f"drops: keep ratios count from all tokens and cannot rise, got {ratios}"
             )
-        object.__setattr__(self, "drops", ordered)
+        object.__setattr__(self, "drops", MappingProxyType(ordered))
+
+    def __reduce__(self) -> tuple:
+        return DropPlan, (dict(self.drops), self.positions)  # a proxy cannot be pickled or copied
 
     def __hash__(self) -> int:
         return hash((tuple(self.drops.items()), self.positions))
