@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | gpu: each makes what it needs. Settings, as in `make test VENV=env PYTHON=python3.12`:
+# make demo | test | lint | bench | gpu | asan: each makes what it needs. Settings, as in `make test VENV=env PYTHON=python3.12`:
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -9,7 +9,7 @@ READY := $(VENV)/.hico-ready
 SAY := @printf '\033[1m==>\033[0m %s\n'
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench gpu build clean
+.PHONY: demo test lint format bench gpu asan build clean
 
 demo: $(READY)  ## a real video through the whole flow: a table here, pictures in hico_demo.html
 	$(SAY) "running the demo"
@@ -34,6 +34,14 @@ bench: $(READY)  ## timings against floors and alternatives, on this machine
 
 gpu: $(READY)  ## checks and measurements on a CUDA device; results go to OUT
 	@$(BIN)/python -m hico_kernels.testing.gpu --out $(OUT)
+
+asan: $(READY)  ## the whole suite with the native code under ASAN and UBSAN
+	$(SAY) "building with sanitizers"
+	@HICO_SANITIZE=1 HICO_CUDA=0 $(BIN)/python setup.py -q build --build-base build/asan
+	$(SAY) "running the tests"
+	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  PYTHONPATH="$$(echo build/asan/lib.*)" $(BIN)/python -m pytest -q tests
 
 build: $(READY)
 

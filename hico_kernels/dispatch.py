@@ -10,13 +10,19 @@ from hico_kernels import native, ops
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda", "flash")
 _AUTO = {"cpu": ("cpu",), "cuda": ("cuda",)}  # device -> implementations, best first
 _KEY = {"cpu": "CPU", "cuda": "CUDA"}
+_NARROW = frozenset({torch.float32, torch.bfloat16})
 _ANY = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 # What exists: (operation, implementation) -> dtypes of its first tensor. The rest has none.
 _DTYPES = {
     ("gather_tokens", "cpu"): _ANY,
     ("gather_tokens", "cuda"): _ANY,
-    ("merge_apply", "cpu"): frozenset({torch.float32, torch.bfloat16}),
+    ("bipartite_soft_matching", "cpu"): _NARROW,
+    ("merge_apply", "cpu"): _NARROW,
+    ("merge_backward", "cpu"): _NARROW,
+    ("merge_tokens", "cpu"): _NARROW,
+    ("select_topk", "cpu"): frozenset({torch.float32}),
+    ("text_guided_scores", "cpu"): _NARROW,
 }
 _OVERLOADS = {
     (namespace, name): getattr(getattr(torch.ops, namespace), name).default
@@ -48,6 +54,8 @@ def why_not(operation: str, impl: str, *tensors: Tensor) -> str | None:
     module = f"_C_{impl}"
     if module in native.reasons:
         return f"hico_kernels.{module}: {native.reasons[module]}"
+    if (operation, impl) not in native.registered:
+        return f"hico_kernels.{module} was built from other sources: build it again"
     if impl == "cuda" and not tensors and not torch.cuda.is_available():
         return "torch sees no CUDA device here"
     for x in tensors:

@@ -5,9 +5,12 @@ from types import ModuleType
 
 import torch
 
+from hico_kernels import ops
+
 MODULES = ("_C_cpu", "_C_cuda", "_host")
 reasons: dict[str, str] = {}  # module -> why it is not loaded; absent when it is
 loaded: dict[str, ModuleType] = {}
+registered: set[tuple[str, str]] = set()  # (operation, "cpu" or "cuda") of all kernels loaded
 
 
 def load() -> None:
@@ -22,3 +25,8 @@ def load() -> None:
             reasons[name] = "not built; see Install in README.md"
         except ImportError as e:  # built for something else; why_not() tells those who ask for it
             reasons[name] = f"built, but does not load with torch {torch.__version__}: {e}"
+    for operation in ops.SCHEMAS:
+        for impl in ("cpu", "cuda"):
+            name = f"{ops.KERNELS}::{operation}"
+            if torch._C._dispatch_has_kernel_for_dispatch_key(name, impl.upper()):
+                registered.add((operation, impl))

@@ -173,3 +173,7 @@ def ragged_decode_attention(
 ) -> Tensor:
     """q [B, H, D], caches [B, L, Hkv, D], kv_lengths [B] -> [B, H, D]."""
     return q.new_empty(q.shape)
+
+
+# --- for tests: the machine code of the CPU kernels. A name forces it, "best" undoes that, "" asks.
+torch.library.define(f"{KERNELS}::use_cpu_path", "(str force) -> str")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hico_kernels import dispatch, ops
+from hico_kernels import dispatch, native, ops
 from hico_kernels.testing import SPECS, promises
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -32,6 +32,8 @@ ROWS = [
     if impl in spec.implementations(next(iter(spec.samples(device, torch.float32))))
 ]
 KERNELS = [row for row in ROWS if row.values[1] != "reference"]
+CPU_KERNELS = [row for row in ROWS if row.values[1] == "cpu"]
+CPU_PATHS = native.loaded["_host"].cpu_paths() if "_host" in native.loaded else []
 
 
 def keep(promise, spec, impl, device, *dtypes, only=None, leave_out=()):
@@ -56,6 +58,18 @@ def test_every_registered_operation_has_samples():
 @pytest.mark.parametrize(("spec", "sample", "impl"), CASES)
 def test_numbers_are_within_the_error_budget(spec, sample, impl):
     promises.right_numbers(spec, sample, lambda sample: spec.run(sample, impl))
+
+
+@pytest.mark.parametrize("path", CPU_PATHS)
+@pytest.mark.parametrize(("spec", "impl", "device"), CPU_KERNELS)
+def test_every_machine_code_of_the_cpu_is_right(spec, impl, device, path):
+    use_cpu_path = torch.ops.hico.use_cpu_path.default
+    try:
+        assert use_cpu_path(path) == path
+        keep(promises.right_numbers, spec, impl, device, *spec.dtypes)
+        keep(promises.same_bits_with_any_threads, spec, impl, device, *spec.dtypes, only=LARGE)
+    finally:
+        use_cpu_path("best")
 
 
 @pytest.mark.parametrize(("spec", "impl", "device"), ROWS)
@@ -146,7 +160,8 @@ def test_a_cost_is_at_least_the_outputs_and_never_negative(spec):
 
 # --- what only a CUDA device can show -------------------------------------------------------------
 
-ON_CUDA = [row for row in KERNELS if row.values[2] == "cuda"]
+NO_CUDA = pytest.param(None, None, None, id="cuda", marks=pytest.mark.skip("needs a CUDA device"))
+ON_CUDA = [row for row in KERNELS if row.values[2] == "cuda"] or [NO_CUDA]
 
 
 def floating(sample):

@@ -1,151 +1,137 @@
-// merge_apply: y[n, k] = mean of x[n, t] over assignment[n, t] == k, weighted by sizes when given.
-// reference: hico_kernels/merge/reference.py
-// A counting sort lists the members of every position in token order (so the sum has one order
-// whatever the number of threads); then each position adds its rows in float32 and rounds once.
-// Threads take positions. Bound by memory: reads x once, writes y once.
-#include <algorithm>
-#include <cstring>
-#include <tuple>
-#include <type_traits>
-#include <vector>
+// merge_apply: y[n, k] = mean of x[n, t] over assignment[n, t] == k, weighted by sizes when given,
+// and its gradient. reference: hico_kernels/merge/reference.py A counting sort lists the members of
+// every position in token order, so that a sum has one order whatever the number of threads; each
+// position adds its rows in registers, in float32, and rounds once. Threads take positions. Bound
+// by memory: reads x once, writes y once.
+#include "cpu/merge_apply.h"
 
-#include "common/simd.h"
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
 #include "common/tensor.h"
+#include "cpu/merge_kernels.h"
 
 namespace hico {
+
+void list_members(const int32_t* assignment, int64_t t, int64_t k, int32_t* order, int32_t* first) {
+  std::fill_n(first, k + 1, 0);
+  for (int64_t i = 0; i < t; ++i) ++first[assignment[i] + 1];
+  for (int64_t p = 0; p < k; ++p) first[p + 1] += first[p];
+  for (int64_t i = 0; i < t; ++i) order[first[assignment[i]]++] = static_cast<int32_t>(i);
+  for (int64_t p = k; p > 0; --p) first[p] = first[p - 1];  // filling moved every start to the next
+  first[0] = 0;
+}
+
 namespace {
 
-struct BFloat16 {
-  uint16_t bits;
-};
-
-HICO_SIMD void add_row(const float* __restrict__ x, float weight, float* __restrict__ sum,
-                       int64_t n) {
-  for (int64_t c = 0; c < n; ++c) sum[c] += weight * x[c];
+bool is_bf16(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::BFloat16) return true;
+  HICO_CHECK_DTYPE(x, Float);
+  return false;
 }
 
-HICO_SIMD void add_row(const BFloat16* __restrict__ x, float weight, float* __restrict__ sum,
-                       int64_t n) {
-  for (int64_t c = 0; c < n; ++c) {
-    const uint32_t bits = static_cast<uint32_t>(x[c].bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    sum[c] += weight * value;
+void check_assignment(const Tensor& assignment, int64_t k) {
+  const int32_t* to = data<int32_t>(assignment);
+  for (int64_t i = 0; i < assignment.numel(); ++i) {
+    STD_TORCH_CHECK(0 <= to[i] && to[i] < k, "assignment must lie in [0, ", k, "), got ", to[i]);
   }
 }
 
-HICO_SIMD void store_row(const float* __restrict__ sum, float total, float* __restrict__ y,
-                         int64_t n) {
-  for (int64_t c = 0; c < n; ++c) y[c] = sum[c] / total;
-}
-
-HICO_SIMD void store_row(const float* __restrict__ sum, float total, BFloat16* __restrict__ y,
-                         int64_t n) {
-  for (int64_t c = 0; c < n; ++c) {
-    const float value = sum[c] / total;
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    bits = nan ? 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest even
-    y[c].bits = static_cast<uint16_t>(bits >> 16);
-  }
-}
-
-// order[n * T + i]: tokens of clip n sorted by position; first[n * (K + 1) + k]: where position k
-// begins among them.
-void list_members(const int32_t* assignment, int64_t n, int64_t t, int64_t k, int32_t* order,
-                  int32_t* first) {
-  std::fill_n(first, n * (k + 1), 0);
-  for (int64_t b = 0; b < n; ++b) {
-    const int32_t* to = assignment + b * t;
-    int32_t* start = first + b * (k + 1);
-    for (int64_t i = 0; i < t; ++i) {
-      STD_TORCH_CHECK(0 <= to[i] && to[i] < k, "assignment must lie in [0, ", k, "), got ", to[i]);
-      ++start[to[i] + 1];
-    }
-    for (int64_t p = 0; p < k; ++p) start[p + 1] += start[p];
-    std::vector<int32_t> next(start, start + k);
-    for (int64_t i = 0; i < t; ++i) order[b * t + next[to[i]]++] = static_cast<int32_t>(i);
-  }
-}
-
-template <typename T>
-void mean_rows(const Tensor& x, const float* weights, const int32_t* order, const int32_t* first,
-               int64_t k, Tensor& y) {
-  const int64_t n = x.size(0), t = x.size(1), c = x.size(2);
-  const T* from = data<T>(x);
-  T* to = mutable_data<T>(y);
-  torch::stable::parallel_for(0, n * k, 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> sum(c);
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / k;
-      const int32_t* start = first + b * (k + 1) + row % k;
-      float total = 0;
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      for (int32_t i = start[0]; i < start[1]; ++i) {
-        const int64_t token = b * t + order[b * t + i];
-        const float weight = weights ? weights[token] : 1.0f;
-        total += weight;
-        add_row(from + token * c, weight, sum.data(), c);
-      }
-      if (total == 0.0f) {
-        std::fill_n(to + row * c, c, T{});
-      } else {
-        store_row(sum.data(), total, to + row * c, c);
-      }
-    }
-  });
+std::optional<Tensor> as_float(const std::optional<Tensor>& sizes, int64_t n, int64_t t) {
+  if (!sizes) return std::nullopt;
+  STD_TORCH_CHECK(sizes->dim() == 2 && sizes->size(0) == n && sizes->size(1) == t,
+                  "sizes must be [N, T]");
+  return torch::stable::contiguous(torch::stable::to(*sizes, ScalarType::Float));
 }
 
 }  // namespace
 
-// x [N, T, C], assignment [N, T] int32, sizes [N, T] int32 or the dtype of x -> [N, K, C], [N, K]
+// x [N, T, C], assignment [N, T] int32, sizes [N, T] -> [N, K, C], [N, K]
 std::tuple<Tensor, Tensor> merge_apply_cpu(const Tensor& x_in, const Tensor& assignment_in,
-                                           int64_t num_tokens,
-                                           const std::optional<Tensor>& sizes_in) {
+                                           int64_t k, const std::optional<Tensor>& sizes) {
   HICO_CHECK_DIM(x_in, 3);
   HICO_CHECK_DIM(assignment_in, 2);
   HICO_CHECK_DTYPE(assignment_in, Int);
-  const int64_t n = x_in.size(0), t = x_in.size(1);
+  const int64_t n = x_in.size(0), t = x_in.size(1), c = x_in.size(2);
   STD_TORCH_CHECK(assignment_in.size(0) == n && assignment_in.size(1) == t,
                   "assignment must be [N, T] of x");
-  STD_TORCH_CHECK(num_tokens >= 0, "num_tokens must be at least 0, got ", num_tokens);
-  const Tensor x = torch::stable::contiguous(x_in),
-               assignment = torch::stable::contiguous(assignment_in);
-  std::vector<int32_t> order(n * t), first(n * (num_tokens + 1));
-  list_members(data<int32_t>(assignment), n, t, num_tokens, order.data(), first.data());
+  STD_TORCH_CHECK(k >= 0, "num_tokens must be at least 0, got ", k);
+  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor assignment = torch::stable::contiguous(assignment_in);
+  check_assignment(assignment, k);
+  const std::optional<Tensor> weights = as_float(sizes, n, t);
+  const float* weight = weights ? data<float>(*weights) : nullptr;
 
-  std::optional<Tensor> weights;
-  Tensor merged = torch::stable::new_empty(x, {n, num_tokens}, ScalarType::Int);
-  if (sizes_in) {
-    STD_TORCH_CHECK(sizes_in->dim() == 2 && sizes_in->size(0) == n && sizes_in->size(1) == t,
-                    "sizes must be [N, T]");
-    weights = torch::stable::contiguous(torch::stable::to(*sizes_in, ScalarType::Float));
+  std::vector<int32_t> order(n * t), first(n * (k + 1));
+  for (int64_t i = 0; i < n; ++i) {
+    list_members(data<int32_t>(assignment) + i * t, t, k, order.data() + i * t,
+                 first.data() + i * (k + 1));
   }
-  const float* pw = weights ? data<float>(*weights) : nullptr;
-  Tensor y = torch::stable::new_empty(x, {n, num_tokens, x.size(2)});
-  if (x.scalar_type() == ScalarType::Float) {
-    mean_rows<float>(x, pw, order.data(), first.data(), num_tokens, y);
-  } else {
-    HICO_CHECK_DTYPE(x, BFloat16);
-    mean_rows<BFloat16>(x, pw, order.data(), first.data(), num_tokens, y);
-  }
-  Tensor totals = torch::stable::new_empty(x, {n, num_tokens}, ScalarType::Float);
-  float* sum = mutable_data<float>(totals);
-  int32_t* count = mutable_data<int32_t>(merged);
-  for (int64_t row = 0; row < n * num_tokens; ++row) {
-    const int64_t b = num_tokens ? row / num_tokens : 0;
-    const int32_t* start = first.data() + b * (num_tokens + 1) + row % num_tokens;
-    count[row] = start[1] - start[0];
-    sum[row] = 0;
-    for (int32_t i = start[0]; pw && i < start[1]; ++i) sum[row] += pw[b * t + order[b * t + i]];
-  }
-  if (sizes_in) merged = torch::stable::to(totals, sizes_in->scalar_type());
-  return {y, merged};
+  Tensor y = torch::stable::new_empty(x, {n, k, c});
+  Tensor totals = torch::stable::new_empty(x, {n, k}, ScalarType::Float);
+  const bool bf16 = is_bf16(x);
+  const auto mean = bf16 ? merge_kernels().mean_bf16 : merge_kernels().mean_f32;
+  const int64_t bytes = bf16 ? 2 : 4;
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(y.mutable_data_ptr());
+  float* total = mutable_data<float>(totals);
+  torch::stable::parallel_for(0, n * k, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t i = row / k;
+      const int32_t* start = first.data() + i * (k + 1) + row % k;
+      const int32_t* member = order.data() + i * t + start[0];
+      const int64_t count = start[1] - start[0];
+      const float* own = weight ? weight + i * t : nullptr;
+      total[row] = 0;
+      for (int64_t m = 0; m < count; ++m) total[row] += own ? own[member[m]] : 1.0f;
+      if (total[row] == 0) {
+        std::fill_n(to + row * c * bytes, c * bytes, 0);
+      } else {
+        mean(from + i * t * c * bytes, member, count, own, total[row], c, to + row * c * bytes);
+      }
+    }
+  });
+  return {y, torch::stable::to(totals, sizes ? sizes->scalar_type() : ScalarType::Int)};
+}
+
+// grad [N, K, C], assignment [N, T] int32, merged_sizes [N, K], sizes [N, T] -> gradient of x [N,
+// T, C]
+Tensor merge_backward_cpu(const Tensor& grad_in, const Tensor& assignment_in,
+                          const Tensor& merged_sizes, const std::optional<Tensor>& sizes) {
+  HICO_CHECK_DIM(grad_in, 3);
+  HICO_CHECK_DIM(assignment_in, 2);
+  HICO_CHECK_DTYPE(assignment_in, Int);
+  const int64_t n = grad_in.size(0), k = grad_in.size(1), c = grad_in.size(2);
+  const int64_t t = assignment_in.size(1);
+  STD_TORCH_CHECK(assignment_in.size(0) == n, "assignment must be [N, T] of grad");
+  const Tensor grad = torch::stable::contiguous(grad_in);
+  const Tensor assignment = torch::stable::contiguous(assignment_in);
+  check_assignment(assignment, k);
+  const Tensor totals = *as_float(merged_sizes, n, k);
+  const std::optional<Tensor> weights = as_float(sizes, n, t);
+  const float *weight = weights ? data<float>(*weights) : nullptr, *total = data<float>(totals);
+
+  Tensor y = torch::stable::new_empty(grad, {n, t, c});
+  const bool bf16 = is_bf16(grad);
+  const auto scale = bf16 ? merge_kernels().scale_row_bf16 : merge_kernels().scale_row_f32;
+  const int64_t line = (bf16 ? 2 : 4) * c;
+  const int32_t* position = data<int32_t>(assignment);
+  const char* from = static_cast<const char*>(grad.const_data_ptr());
+  char* to = static_cast<char*>(y.mutable_data_ptr());
+  torch::stable::parallel_for(0, n * t, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t source = row / t * k + position[row];
+      const float share = total[source] == 0 ? 0 : (weight ? weight[row] : 1.0f) / total[source];
+      scale(from + source * line, share, c, to + row * line);
+    }
+  });
+  return y;
 }
 
 }  // namespace hico
 
 STABLE_TORCH_LIBRARY_IMPL(hico, CPU, m) {
   m.impl("merge_apply", TORCH_BOX(&hico::merge_apply_cpu));
+  m.impl("merge_backward", TORCH_BOX(&hico::merge_backward_cpu));
 }

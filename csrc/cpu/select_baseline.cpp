@@ -1,0 +1,10 @@
+// Top-k selection on baseline. The body is in select_body.h.
+#include "cpu/select_kernels.h"
+
+#define HICO_PATH baseline
+#include "cpu/select_body.h"
+
+namespace hico {
+const SelectKernels select_baseline = {baseline::count_top, baseline::collect, baseline::count_at,
+                                       baseline::emit};
+}

@@ -1,0 +1,42 @@
+// The bodies of SelectKernels for a path without compressing stores. The file that includes this
+// defines HICO_PATH.
+#include "cpu/select_kernels.h"
+
+namespace hico::HICO_PATH {
+
+void count_top(const float* scores, int64_t n, uint32_t* counts) {
+  for (int64_t i = 0; i < n; ++i) ++counts[score_key(scores[i]) >> (kMidBits + kLowBits)];
+}
+
+int64_t collect(const float* scores, int64_t n, uint32_t top, uint32_t* out) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t key = score_key(scores[i]);
+    out[found] = key;
+    found += key >> (kMidBits + kLowBits) == top;
+  }
+  return found;
+}
+
+void count_at(const float* scores, int64_t n, uint32_t threshold, int64_t* above, int64_t* equal) {
+  int64_t more = 0, same = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t key = score_key(scores[i]);
+    more += key > threshold;
+    same += key == threshold;
+  }
+  *above = more;
+  *equal = same;
+}
+
+void emit(const float* scores, int64_t n, uint32_t threshold, int64_t ties, int64_t first,
+          int64_t* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t key = score_key(scores[i]);
+    const bool tie = key == threshold && ties > 0;
+    ties -= tie;
+    if (key > threshold || tie) *out++ = first + i;
+  }
+}
+
+}  // namespace hico::HICO_PATH
