@@ -17,12 +17,14 @@ _ANY = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _DTYPES = {
     ("gather_tokens", "cpu"): _ANY,
     ("gather_tokens", "cuda"): _ANY,
+    ("gather_tokens_backward", "cpu"): _NARROW,
     ("bipartite_soft_matching", "cpu"): _NARROW,
     ("merge_apply", "cpu"): _NARROW,
     ("merge_backward", "cpu"): _NARROW,
     ("merge_tokens", "cpu"): _NARROW,
     ("select_topk", "cpu"): frozenset({torch.float32}),
     ("text_guided_scores", "cpu"): _NARROW,
+    ("uniform_indices", "cpu"): _ANY,
 }
 _OVERLOADS = {
     (namespace, name): getattr(getattr(torch.ops, namespace), name).default
@@ -36,12 +38,12 @@ def has_implementation(operation: str, impl: str) -> bool:
     return impl == "reference" or (operation, impl) in _DTYPES
 
 
-def why_not(operation: str, impl: str, *tensors: Tensor) -> str | None:
+def why_not(operation: str, impl: str, *tensors: Tensor, device: str | None = None) -> str | None:
     """Why `impl` cannot run `operation`; None when it can.
 
-    tensors: the tensors of the call, the one whose dtype counts first. Without any, the answer is
-    about this installation only. Raises ValueError for an operation or implementation that does
-    not exist.
+    tensors: the tensors of the call, the one whose dtype counts first. device: the device type of a
+    call without any. Without either, the answer is about this installation only. Raises ValueError
+    for an operation or implementation that does not exist.
     """
     if operation not in ops.SCHEMAS:
         raise ValueError(f"operation must be one of {', '.join(ops.SCHEMAS)}, got {operation!r}")
@@ -56,11 +58,12 @@ def why_not(operation: str, impl: str, *tensors: Tensor) -> str | None:
         return f"hico_kernels.{module}: {native.reasons[module]}"
     if (operation, impl) not in native.registered:
         return f"hico_kernels.{module} was built from other sources: build it again"
-    if impl == "cuda" and not tensors and not torch.cuda.is_available():
+    devices = [x.device.type for x in tensors] + ([device] if device else [])
+    if impl == "cuda" and not devices and not torch.cuda.is_available():
         return "torch sees no CUDA device here"
-    for x in tensors:
-        if x.device.type != impl:
-            return f"tensors must be on {impl}, got {x.device.type}"
+    for found in devices:
+        if found != impl:
+            return f"tensors must be on {impl}, got {found}"
     if tensors and tensors[0].dtype not in _DTYPES[operation, impl]:
         allowed = ", ".join(sorted(str(d).removeprefix("torch.") for d in _DTYPES[operation, impl]))
         return f"dtype must be one of {allowed}, got {tensors[0].dtype}"
@@ -75,9 +78,9 @@ def overload(operation: str, impl: str, *tensors: Tensor, device: str | None = N
     """
     if impl == "auto":
         for candidate in _AUTO.get(device or tensors[0].device.type, ()):
-            if why_not(operation, candidate, *tensors) is None:
+            if why_not(operation, candidate, *tensors, device=device) is None:
                 return _OVERLOADS[ops.KERNELS, operation]
         return _OVERLOADS[ops.REFERENCE, operation]
-    if reason := why_not(operation, impl, *tensors):
+    if reason := why_not(operation, impl, *tensors, device=device):
         raise ValueError(f"{operation}(impl={impl!r}) cannot run: {reason}")
     return _OVERLOADS[ops.REFERENCE if impl == "reference" else ops.KERNELS, operation]

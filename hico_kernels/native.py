@@ -25,8 +25,9 @@ def load() -> None:
             reasons[name] = "not built; see Install in README.md"
         except ImportError as e:  # built for something else; why_not() tells those who ask for it
             reasons[name] = f"built, but does not load with torch {torch.__version__}: {e}"
+    # Without a tensor nothing tells the dispatcher the device: such a kernel stands for all.
+    keys = (("cpu", "CPU"), ("cpu", "CompositeExplicitAutograd"), ("cuda", "CUDA"))
     for operation in ops.SCHEMAS:
-        for impl in ("cpu", "cuda"):
-            name = f"{ops.KERNELS}::{operation}"
-            if torch._C._dispatch_has_kernel_for_dispatch_key(name, impl.upper()):
+        for impl, key in keys:
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"{ops.KERNELS}::{operation}", key):
                 registered.add((operation, impl))

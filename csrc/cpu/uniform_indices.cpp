@@ -1,0 +1,32 @@
+// uniform_indices: torch.linspace(0, n - 1, keep, dtype=long) of the CPU, in closed form.
+// reference: hico_kernels/select/reference.py
+// Bound by writing 8 bytes an index; registered for all backends, since no tensor tells the
+// dispatcher which.
+#include "common/tensor.h"
+
+namespace hico {
+
+Tensor uniform_indices_cpu(int64_t num_tokens, int64_t keep, torch::stable::Device device) {
+  STD_TORCH_CHECK(0 <= keep && keep <= num_tokens, "keep must be in [0, ", num_tokens, "], got ",
+                  keep);
+  STD_TORCH_CHECK(device.is_cpu(), "device must be the CPU");
+  Tensor index = torch::stable::empty({keep}, ScalarType::Long, std::nullopt, device);
+  int64_t* out = mutable_data<int64_t>(index);
+  const double last = static_cast<double>(num_tokens - 1);
+  const double step = keep > 1 ? last / static_cast<double>(keep - 1) : 0.0;
+  torch::stable::parallel_for(0, keep, 1 << 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const bool up = keep == 1 || i < keep / 2;  // from both ends, as torch rounds
+      const double at =
+          up ? step * static_cast<double>(i) : last - step * static_cast<double>(keep - 1 - i);
+      out[i] = static_cast<int64_t>(at);
+    }
+  });
+  return index;
+}
+
+}  // namespace hico
+
+STABLE_TORCH_LIBRARY_IMPL(hico, CompositeExplicitAutograd, m) {
+  m.impl("uniform_indices", TORCH_BOX(&hico::uniform_indices_cpu));
+}
