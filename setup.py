@@ -119,6 +119,7 @@ def extensions() -> list:
         Pybind11Extension(
             "hico_kernels._host",
             sources("host", ".cpp"),
+            include_dirs=[str(ROOT / "csrc")],
             cxx_std=20,
             extra_compile_args=[*CXX, *GUARD],
             extra_link_args=GUARD,

@@ -4,6 +4,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hico_kernels.merge.reference import merge_rounds
+
+
+def eager_merge(x: Tensor, keep: int, heads: int) -> Tensor:
+    """merge_tokens as models have it: every round moves the tokens themselves, in their dtype."""
+    sizes = x.new_ones(*x.shape[:2], 1)
+    for r in merge_rounds(x.shape[1], keep):
+        metric = x.unflatten(-1, (heads, -1)).mean(dim=2)
+        metric = metric / metric.norm(dim=-1, keepdim=True)
+        best, into = (metric[:, ::2] @ metric[:, 1::2].mT).max(dim=-1)
+        order = best.argsort(dim=-1, descending=True)[..., None]
+        x, sizes = (_eager_step(v, order, into[..., None], r) for v in (x * sizes, sizes))
+        x = x / sizes
+    return x
+
+
+def eager_vit_step(metric: Tensor, x: Tensor, sizes: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """bipartite_soft_matching with a class token, and its merge: x [N, T, C], sizes [N, T, 1]."""
+    metric = metric / metric.norm(dim=-1, keepdim=True)
+    similarity = metric[:, ::2] @ metric[:, 1::2].mT
+    similarity[:, 0] = -torch.inf
+    best, into = similarity.max(dim=-1)
+    order = best.argsort(dim=-1, descending=True)[..., None]
+    order = torch.cat([order[:, :r], order[:, r:].sort(dim=1).values], dim=1)
+    x, sizes = (_eager_step(v, order, into[..., None], r) for v in (x * sizes, sizes))
+    return x / sizes, sizes
+
+
+def _eager_step(x: Tensor, order: Tensor, into: Tensor, r: int) -> Tensor:
+    even, odd = x[:, ::2], x[:, 1::2]
+    gone, stay = order[:, :r], order[:, r:]
+
+    def rows(index: Tensor) -> Tensor:
+        return index.expand(-1, -1, x.shape[-1])
+
+    merged = odd.scatter_add(1, rows(into.gather(1, gone)), even.gather(1, rows(gone)))
+    return torch.cat([even.gather(1, rows(stay)), merged], dim=1)
+
 
 def grouped_scores(q: Tensor, k: Tensor) -> Tensor:
     """text_guided_scores of one sequence: a product per key head, its query heads folded into rows.

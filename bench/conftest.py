@@ -57,6 +57,22 @@ def device() -> str:
     return DEVICE
 
 
+def pytest_generate_tests(metafunc):
+    if "threads" in metafunc.fixturenames:
+        once = DEVICE == "cuda" or metafunc.config.getoption("benchmark_disable")
+        counts = [1] if once else limits.THREADS
+        metafunc.parametrize("threads", counts, ids="threads{}".format, indirect=True)
+
+
+@pytest.fixture
+def threads(request):
+    """How many threads the CPU works with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def measure(benchmark):
     """Time `fn` and note its least time on this machine: what it must move and compute."""

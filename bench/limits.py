@@ -3,10 +3,16 @@ work.
 """
 
 import functools
+import os
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+from hico_kernels import native
+
+THREADS = sorted({1, os.cpu_count() or 1})  # what CPU benchmarks run with
 
 
 def _best_seconds(fn, device: str, repeats: int) -> float:
@@ -25,13 +31,23 @@ def bandwidth(device: str, threads: int) -> float:
     """Bytes per second, read plus written, of the best of 10 copies of 256 MiB."""
     x = torch.rand(64 << 20, device=device)
     y = torch.empty_like(x)
-    return 2 * x.nbytes / _best_seconds(lambda: y.copy_(x), device, 10)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    best = _best_seconds(lambda: y.copy_(x), device, 10)
+    torch.set_num_threads(before)
+    return 2 * x.nbytes / best
 
 
 @functools.cache
-def matmul_rate(device: str, dtype: torch.dtype, threads: int) -> float:
-    """FLOPs per second of the best of 5 square products of random matrices."""
-    n = 8192 if device == "cuda" else 1024
+def arithmetic_rate(device: str, dtype: torch.dtype, threads: int) -> float:
+    """FLOPs per second: on the CPU of multiply-adds in registers, best of 20 runs of all threads at
+    once; on a GPU of the best of 5 square products of random matrices."""
+    if device == "cpu":
+        rate = native.loaded["_host"].fma_rate
+        with ThreadPoolExecutor(threads) as pool:
+            bfloat16 = [dtype == torch.bfloat16] * threads
+            return max(sum(pool.map(rate, bfloat16)) for _ in range(20))
+    n = 8192
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / _best_seconds(lambda: a @ b, device, 5)
 
@@ -40,7 +56,7 @@ def floor_seconds(device: str, dtype: torch.dtype, bytes_: int, flops: int) -> f
     """The least time for moving `bytes_` and computing `flops` with the threads set now."""
     threads = torch.get_num_threads()
     moving = bytes_ / bandwidth(device, threads) if bytes_ else 0.0
-    return max(moving, flops / matmul_rate(device, dtype, threads) if flops else 0.0)
+    return max(moving, flops / arithmetic_rate(device, dtype, threads) if flops else 0.0)
 
 
 @functools.cache
@@ -60,5 +76,8 @@ def machine(device: str) -> dict:
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "bandwidth_gb_per_s": round(bandwidth(device, torch.get_num_threads()) / 1e9, 1),
+        "bandwidth_gb_per_s": [round(bandwidth(device, n) / 1e9, 1) for n in THREADS],
+        "float32_gflop_per_s": [
+            round(arithmetic_rate(device, torch.float32, n) / 1e9) for n in THREADS
+        ],
     }

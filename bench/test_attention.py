@@ -11,11 +11,11 @@ S = LLMS["qwen2_64frames"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 
 
-@pytest.mark.parametrize("impl", ["auto", "sdpa_each"])
+@pytest.mark.parametrize("impl", ["hico", "sdpa_each"])
 @DTYPES
-@pytest.mark.parametrize("lengths", [(512, 1024, 256)], ids=["ragged3"])
-def test_ragged_attention(measure, device, benchmark, lengths, dtype, impl):
-    benchmark.group = f"ragged_attention-ragged3-{dtype}"
+@pytest.mark.parametrize("lengths", [(512, 1024, 2048, 4096)], ids=["ragged4"])
+def test_ragged_attention(measure, device, threads, benchmark, lengths, dtype, impl):
+    benchmark.group = f"ragged_attention-ragged4-{dtype}-threads{threads}"
     rows, longest, cu = sum(lengths), max(lengths), cu_seqlens(lengths, device)
     q = torch.randn(rows, S.heads, S.head_width, device=device, dtype=dtype)
     k, v = torch.randn(2, rows, S.kv_heads, S.head_width, device=device, dtype=dtype).unbind()
@@ -23,21 +23,21 @@ def test_ragged_attention(measure, device, benchmark, lengths, dtype, impl):
     theirs = lambda: alternatives.sdpa_each(q, k, v, lengths)  # noqa: E731
     torch.testing.assert_close(ours(), theirs(), atol=2e-2, rtol=2e-2)
     flops = sum(2 * n * n * S.heads * S.head_width for n in lengths)  # half of the square
-    run = ours if impl == "auto" else theirs
+    run = ours if impl == "hico" else theirs
     measure(run, dtype=dtype, bytes_=2 * q.nbytes + k.nbytes + v.nbytes, flops=flops, rounds=5)
 
 
-@pytest.mark.parametrize("impl", ["auto", "sdpa_folded"])
+@pytest.mark.parametrize("impl", ["hico", "sdpa_folded"])
 @DTYPES
-def test_ragged_decode_attention(measure, device, benchmark, dtype, impl):
-    benchmark.group = f"ragged_decode_attention-qwen2_256frames-{dtype}"
-    n = LLMS["qwen2_256frames"].tokens
-    q = torch.randn(2, S.heads, S.head_width, device=device, dtype=dtype)
-    k, v = torch.randn(2, 2, n, S.kv_heads, S.head_width, device=device, dtype=dtype).unbind()
-    lengths = torch.full((2,), n, dtype=torch.int32, device=device)
+def test_ragged_decode_attention(measure, device, threads, benchmark, dtype, impl):
+    benchmark.group = f"ragged_decode_attention-64k-{dtype}-threads{threads}"
+    n = 1 << 16
+    q = torch.randn(1, S.heads, S.head_width, device=device, dtype=dtype)
+    k, v = torch.randn(2, 1, n, S.kv_heads, S.head_width, device=device, dtype=dtype).unbind()
+    lengths = torch.full((1,), n, dtype=torch.int32, device=device)
     ours = lambda: ragged_decode_attention(q, k, v, lengths)  # noqa: E731
     theirs = lambda: alternatives.sdpa_decode(q, k, v)  # noqa: E731
     torch.testing.assert_close(ours(), theirs(), atol=2e-2, rtol=2e-2)
-    run = ours if impl == "auto" else theirs
+    run = ours if impl == "hico" else theirs
     flops = 4 * q.numel() * n
     measure(run, dtype=dtype, bytes_=k.nbytes + v.nbytes, flops=flops)

@@ -1,54 +1,75 @@
-"""Merging a clip's tokens, forward and backward."""
+"""Merging a clip's tokens, forward and with gradient, and the step inside a ViT block."""
 
 import pytest
 import torch
 
+from bench import alternatives
 from hico_kernels import bipartite_soft_matching, merge_tokens
-from hico_kernels.merge.reference import merge_tokens_round_by_round
+from hico_kernels.testing import SPECS, Sample
 from hico_kernels.testing.shapes import CLIPS
 
-N = 4
-IMPLEMENTATIONS = {
-    "auto": merge_tokens,
-    "round_by_round": lambda x, k, num_heads: merge_tokens_round_by_round(x, k, num_heads),
-}
+N = 16
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+SHAPES = pytest.mark.parametrize("shape", ["umt224_clip", "wide_clip"])
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("shape", ["umt224_clip", "internvideo2_clip"])
-def test_merge_tokens(measure, device, benchmark, shape, dtype, impl):
+def implementation(name: str, benchmark):
+    """What merges: x, tokens to keep, heads -> tokens."""
+    if name == "eager":
+        return alternatives.eager_merge
+    if name == "compiled":  # compiling takes long: where nothing is timed, only that it can be
+        backend = "eager" if benchmark.disabled else "inductor"
+        return torch.compile(alternatives.eager_merge, backend=backend, dynamic=False)
+    impl = {"hico": "auto", "linear_torch": "reference"}[name]
+    return lambda x, keep, heads: merge_tokens(x, keep, num_heads=heads, impl=impl).tokens
+
+
+@pytest.mark.parametrize("impl", ["hico", "eager", "compiled", "linear_torch"])
+@DTYPES
+@SHAPES
+def test_merge_tokens(measure, device, threads, benchmark, shape, dtype, impl):
     s = CLIPS[shape]
-    benchmark.group = f"merge_tokens-{shape}-{dtype}"
+    benchmark.group = f"merge_tokens-{shape}x{N}-{dtype}-threads{threads}"
     x = torch.randn(N, s.tokens, s.channels, device=device, dtype=dtype)
-    run = IMPLEMENTATIONS[impl]
+    run = implementation(impl, benchmark)
+    assert run(x, s.keep, s.heads).shape == (N, s.keep, s.channels)
+    cost = SPECS["merge_tokens"].cost(Sample(shape, (x, s.keep), {"num_heads": s.heads}))
+    # Matching is in float32 whatever the dtype.
     measure(
-        lambda: run(x, s.keep, num_heads=s.heads),
-        dtype=dtype,
-        bytes_=x.nbytes + N * s.keep * s.channels * x.element_size(),
+        lambda: run(x, s.keep, s.heads), dtype=torch.float32, bytes_=cost.bytes, flops=cost.flops
     )
 
 
-@pytest.mark.parametrize("shape", ["umt224_clip"])
-def test_merge_tokens_with_gradient(measure, device, benchmark, shape):
+@pytest.mark.parametrize("impl", ["hico", "eager"])
+@DTYPES
+@SHAPES
+def test_merge_tokens_with_gradient(measure, device, threads, benchmark, shape, dtype, impl):
     s = CLIPS[shape]
-    benchmark.group = f"merge_tokens-gradient-{shape}"
-    x = torch.randn(N, s.tokens, s.channels, device=device, requires_grad=True)
-    grad = torch.randn(N, s.keep, s.channels, device=device)
+    benchmark.group = f"merge_tokens-gradient-{shape}x{N}-{dtype}-threads{threads}"
+    x = torch.randn(N, s.tokens, s.channels, device=device, dtype=dtype, requires_grad=True)
+    grad = torch.randn(N, s.keep, s.channels, device=device, dtype=dtype)
+    run = implementation(impl, benchmark)
 
     def step():
-        merge_tokens(x, s.keep, num_heads=s.heads).tokens.backward(grad)
+        run(x, s.keep, s.heads).backward(grad)
         x.grad = None
 
-    measure(step, dtype=x.dtype, bytes_=2 * x.nbytes + 2 * grad.nbytes)
+    measure(step, dtype=torch.float32, bytes_=2 * x.nbytes + 2 * grad.nbytes)
 
 
-def test_vit_block_step(measure, device, benchmark):
-    benchmark.group = "bipartite_soft_matching-vit_l-f32"
+@pytest.mark.parametrize("impl", ["hico", "eager"])
+def test_vit_block_step(measure, device, threads, benchmark, impl):
+    benchmark.group = f"vit_step-8x577x1024-r16-f32-threads{threads}"
     metric, x = torch.randn(8, 577, 64, device=device), torch.randn(8, 577, 1024, device=device)
     sizes = torch.ones(8, 577, device=device)
 
-    def step():
+    def hico():
         return bipartite_soft_matching(metric, 16, class_token=True).merge(x, sizes)
 
-    measure(step, dtype=x.dtype, bytes_=metric.nbytes + 2 * x.nbytes)
+    def eager():
+        return alternatives.eager_vit_step(metric, x, sizes[..., None], 16)
+
+    torch.testing.assert_close(hico()[0], eager()[0])
+    run = hico if impl == "hico" else eager
+    flops = 8 * 2 * 289 * 288 * 64
+    measure(run, dtype=x.dtype, bytes_=metric.nbytes + 2 * x.nbytes, flops=flops)

@@ -10,17 +10,17 @@ from hico_kernels.testing.shapes import LLMS, cu_seqlens
 VIDEOS = ["qwen2_256frames", "qwen2_10000frames"]
 
 
-@pytest.mark.parametrize("impl", ["auto", "grouped_torch"])
+@pytest.mark.parametrize("impl", ["hico", "grouped_torch"])
 @pytest.mark.parametrize("rows", [1, 16])
-@pytest.mark.parametrize("video", ["qwen2_256frames"])
-def test_text_guided_scores(measure, device, benchmark, video, rows, impl):
+@pytest.mark.parametrize("video", VIDEOS)
+def test_text_guided_scores(measure, device, threads, benchmark, video, rows, impl):
     s = LLMS[video]
-    benchmark.group = f"text_guided_scores-{video}-R{rows}-bf16"
+    benchmark.group = f"text_guided_scores-{video}-R{rows}-bf16-threads{threads}"
     q = torch.randn(rows, s.heads, s.head_width, device=device, dtype=torch.bfloat16)
     k = torch.randn(s.tokens, s.kv_heads, s.head_width, device=device, dtype=torch.bfloat16)
     cu_q, cu_k = cu_seqlens([rows], device), cu_seqlens([s.tokens], device)
     run = {
-        "auto": lambda: text_guided_scores(q, k, cu_q, cu_k),
+        "hico": lambda: text_guided_scores(q, k, cu_q, cu_k),
         "grouped_torch": lambda: alternatives.grouped_scores(q, k),
     }[impl]
     torch.testing.assert_close(
@@ -33,44 +33,44 @@ def test_text_guided_scores(measure, device, benchmark, video, rows, impl):
     measure(run, dtype=q.dtype, bytes_=k.nbytes + 4 * s.tokens, flops=flops)
 
 
-@pytest.mark.parametrize("impl", ["auto", "topk_and_sort"])
+@pytest.mark.parametrize("impl", ["hico", "topk_and_sort"])
 @pytest.mark.parametrize("video", VIDEOS)
-def test_select_topk(measure, device, benchmark, video, impl):
+def test_select_topk(measure, device, threads, benchmark, video, impl):
     n = LLMS[video].visual
-    benchmark.group = f"select_topk-{video}-half"
+    benchmark.group = f"select_topk-{video}-half-threads{threads}"
     scores = torch.randn(n, device=device).softmax(0)
     cu = cu_seqlens([n], device)
     run = {
-        "auto": lambda: select_topk(scores, cu, [n // 2]),
+        "hico": lambda: select_topk(scores, cu, [n // 2]),
         "topk_and_sort": lambda: alternatives.topk_and_sort(scores, n // 2),
     }[impl]
     assert torch.equal(scores[run()].sort().values, scores.sort().values[n - n // 2 :])
     measure(run, dtype=scores.dtype, bytes_=scores.nbytes + 8 * (n // 2))
 
 
-@pytest.mark.parametrize("impl", ["auto", "linspace"])
+@pytest.mark.parametrize("impl", ["hico", "linspace"])
 @pytest.mark.parametrize("video", VIDEOS)
-def test_uniform_indices(measure, device, benchmark, video, impl):
+def test_uniform_indices(measure, device, threads, benchmark, video, impl):
     n = LLMS[video].visual
-    benchmark.group = f"uniform_indices-{video}-3of4"
+    benchmark.group = f"uniform_indices-{video}-3of4-threads{threads}"
     run = {
-        "auto": lambda: uniform_indices(n, 3 * n // 4, device=device),
+        "hico": lambda: uniform_indices(n, 3 * n // 4, device=device),
         "linspace": lambda: torch.linspace(0, n - 1, 3 * n // 4, dtype=torch.long).to(device),
     }[impl]
     assert torch.equal(run(), torch.linspace(0, n - 1, 3 * n // 4, dtype=torch.long).to(device))
     measure(run, dtype=torch.float32, bytes_=8 * (3 * n // 4))
 
 
-@pytest.mark.parametrize("impl", ["auto", "index_select", "index_select_out"])
+@pytest.mark.parametrize("impl", ["hico", "index_select", "index_select_out"])
 @pytest.mark.parametrize("video", ["qwen2_256frames"])
-def test_gather_tokens(measure, device, benchmark, video, impl):
+def test_gather_tokens(measure, device, threads, benchmark, video, impl):
     s = LLMS[video]
-    benchmark.group = f"gather_tokens-{video}-half-bf16"
+    benchmark.group = f"gather_tokens-{video}-half-bf16-threads{threads}"
     x = torch.randn(s.visual, s.channels, device=device).bfloat16()
     index = torch.randperm(s.visual, device=device)[: s.visual // 2].sort().values
     out = x.new_empty(len(index), s.channels)
     run = {
-        "auto": lambda: gather_tokens(x, index),
+        "hico": lambda: gather_tokens(x, index),
         "index_select": lambda: x.index_select(0, index),
         "index_select_out": lambda: torch.index_select(x, 0, index, out=out),
     }[impl]

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "host/fma_rate.h"
+
 namespace py = pybind11;
 
 // The instruction sets that the CPU kernels choose between, best first; the first one is what they
@@ -25,5 +27,7 @@ static std::vector<std::string> cpu_paths() {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-side facts without torch.";
   m.def("cpu_paths", &cpu_paths, "Instruction sets of this CPU that the kernels know, best first.");
+  m.def("fma_rate", &hico::fma_rate, py::arg("bfloat16"), py::call_guard<py::gil_scoped_release>(),
+        "FLOPs per second that the calling thread reaches in registers, measured now.");
   m.attr("compiler") = __VERSION__;
 }

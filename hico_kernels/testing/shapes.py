@@ -46,6 +46,7 @@ class LlmShape:
 CLIPS = {
     "umt224_clip": ClipShape(784, 1024, 16),
     "umt448_clip": ClipShape(3136, 1024, 16),
+    "wide_clip": ClipShape(1024, 1024, 16),
     "internvideo2_clip": ClipShape(1024, 1408, 16),
     "siglip_frame": ClipShape(729, 1152, 16),
     "umt224_image": ClipShape(196, 1024, 16),
