@@ -1,5 +1,8 @@
 """What every operation promises, whatever it computes, for every implementation that runs here."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -101,6 +104,24 @@ def test_the_same_bits_come_whatever_the_number_of_threads(spec, impl, device):
 @pytest.mark.parametrize(("spec", "impl", "device"), ROWS)
 def test_eight_callers_at_once_get_what_one_gets(spec, impl, device):
     keep(promises.same_bits_called_together, spec, impl, device, torch.float32, only=LARGE)
+
+
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(("spec", "impl", "device"), CPU_KERNELS)
+def test_ten_thousand_calls_leak_nothing(spec, impl, device):
+    sample = next(iter(spec.samples(device, torch.float32)))
+    arguments = spec.arguments(sample)
+    run = spec.registered(ops.KERNELS).default
+    for calls in (2_000, 10_000):  # the first round fills what is kept on purpose
+        before = resident_bytes()
+        for _ in range(calls):
+            run(*arguments)
+        grown = resident_bytes() - before
+    assert grown < 2_000_000, f"{grown} bytes in {calls} calls"
 
 
 @pytest.mark.parametrize(("spec", "impl", "device"), ROWS)
