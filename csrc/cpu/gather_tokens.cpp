@@ -9,6 +9,7 @@
 #include "common/tensor.h"
 #include "cpu/merge_apply.h"
 #include "cpu/merge_kernels.h"
+#include "cpu/pages.h"
 
 namespace hico {
 
@@ -26,7 +27,7 @@ Tensor gather_tokens_cpu(const Tensor& x,
     STD_TORCH_CHECK(0 <= row && row < rows, "index out of range: must lie in [0, ", rows, "), got ",
                     row);
   }
-  Tensor y = torch::stable::new_empty(x, {picked, channels});
+  Tensor y = on_huge_pages(torch::stable::new_empty(x, {picked, channels}));
   const int64_t bytes = static_cast<int64_t>(x.element_size());
   const int64_t across = x.stride(0) * bytes, along = x.stride(1) * bytes, line = channels * bytes;
   if (picked == 0 || line == 0) return y;
@@ -70,7 +71,7 @@ Tensor gather_tokens_backward_cpu(const Tensor& grad_in, const Tensor& index_in,
     target[m] = static_cast<int32_t>(at[m]);
   }
   list_members(target.data(), picked, rows, order.data(), first.data());
-  Tensor x = torch::stable::new_empty(grad, {rows, c});
+  Tensor x = on_huge_pages(torch::stable::new_empty(grad, {rows, c}));
   const auto mean = bf16 ? merge_kernels().mean_bf16 : merge_kernels().mean_f32;
   const int64_t line = (bf16 ? 2 : 4) * c;
   const char* from = static_cast<const char*>(grad.const_data_ptr());

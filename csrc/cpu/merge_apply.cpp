@@ -11,6 +11,7 @@
 
 #include "common/tensor.h"
 #include "cpu/merge_kernels.h"
+#include "cpu/pages.h"
 
 namespace hico {
 
@@ -68,7 +69,7 @@ std::tuple<Tensor, Tensor> merge_apply_cpu(const Tensor& x_in, const Tensor& ass
     list_members(data<int32_t>(assignment) + i * t, t, k, order.data() + i * t,
                  first.data() + i * (k + 1));
   }
-  Tensor y = torch::stable::new_empty(x, {n, k, c});
+  Tensor y = on_huge_pages(torch::stable::new_empty(x, {n, k, c}));
   Tensor totals = torch::stable::new_empty(x, {n, k}, ScalarType::Float);
   const bool bf16 = is_bf16(x);
   const auto mean = bf16 ? merge_kernels().mean_bf16 : merge_kernels().mean_f32;
@@ -112,7 +113,7 @@ Tensor merge_backward_cpu(const Tensor& grad_in, const Tensor& assignment_in,
   const std::optional<Tensor> weights = as_float(sizes, n, t);
   const float *weight = weights ? data<float>(*weights) : nullptr, *total = data<float>(totals);
 
-  Tensor y = torch::stable::new_empty(grad, {n, t, c});
+  Tensor y = on_huge_pages(torch::stable::new_empty(grad, {n, t, c}));
   const bool bf16 = is_bf16(grad);
   const auto scale = bf16 ? merge_kernels().scale_row_bf16 : merge_kernels().scale_row_f32;
   const int64_t line = (bf16 ? 2 : 4) * c;

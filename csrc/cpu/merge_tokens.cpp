@@ -11,6 +11,7 @@
 #include "cpu/merge_apply.h"
 #include "cpu/merge_kernels.h"
 #include "cpu/merge_match.h"
+#include "cpu/pages.h"
 
 namespace hico {
 namespace {
@@ -84,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens_cpu(const Tensor& x_in, int64_t 
   if (!bf16) HICO_CHECK_DTYPE(x_in, Float);
   const Shape s{t, k, heads, c / heads, bf16 ? 2 : 4};
   const Tensor x = torch::stable::contiguous(x_in);
-  Tensor tokens = torch::stable::new_empty(x, {n, k, c});
+  Tensor tokens = on_huge_pages(torch::stable::new_empty(x, {n, k, c}));
   Tensor sizes = torch::stable::new_empty(x, {n, k}, ScalarType::Int);
   Tensor assignment = torch::stable::new_empty(x, {n, t}, ScalarType::Int);
   const char* from = static_cast<const char*>(x.const_data_ptr());
