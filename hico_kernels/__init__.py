@@ -4,6 +4,7 @@ attention.
 
 from hico_kernels import ops as _ops  # noqa: F401  schemas and fakes first, no native code needed
 from hico_kernels.attention import ragged_attention, ragged_decode_attention
+from hico_kernels.counting import install as _count
 from hico_kernels.dispatch import why_not
 from hico_kernels.merge import Matching, MergedTokens, bipartite_soft_matching, merge_tokens
 from hico_kernels.native import load as _load
@@ -29,3 +30,4 @@ __all__ = [
 ]
 
 _load()
+_count()

@@ -76,7 +76,19 @@ def ragged_attention_backward(device: str, dtype: torch.dtype) -> Samples:
         yield call(shape, shape)
     yield call("full-more_queries", "more_queries", causal=False)
     yield call("key_bias", "mixed", bias=d.whole(1, 9, sum(RAGGED["mixed"])).float().log())
-    yield from _strided(call("", "mixed").args, 4, {})
+    for sample in _strided(call("", "mixed").args, 4, {}):
+        grad, q, k, v, _, _, *rest = sample.args
+        saved = ragged_attention_reference(q, k, v, *rest)  # of these inputs, as autograd has it
+        yield Sample(sample.id, (grad, q, k, v, *saved, *rest), {})
+
+
+def largest_logit(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, scale, bias) -> float:
+    """The condition of exp(logit - lse) in a logit: with lse given and not computed along, the
+    logit's own rounding reaches the gradients. One at the size of the logit is in the budget."""
+    if not q.numel() or not k.numel():
+        return 0.0
+    keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return scale * torch.einsum("qhd,khd->hqk", q.double(), keys).abs().max().item()
 
 
 def ragged_decode_attention(device: str, dtype: torch.dtype) -> Samples:

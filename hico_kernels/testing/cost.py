@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hico_kernels.merge.reference import merge_rounds
+from hico_kernels.flops import merge_flops, visible_pairs
 
 
 class Cost(NamedTuple):
@@ -39,22 +39,11 @@ def _lengths(cu_seqlens: Tensor) -> list[int]:
     return [b - a for a, b in pairwise(cu_seqlens.tolist())]
 
 
-def _pairs(rows: int, keys: int, causal: bool) -> int:
-    """How many keys all the queries of a sequence see together, bottom right when causal."""
-    if not causal:
-        return rows * keys
-    seeing = min(rows, keys)  # queries that see at least one key: keys - seeing + 1, ..., keys
-    return seeing * keys - seeing * (seeing - 1) // 2
-
-
 @_cost_of("merge_tokens")
 def merge_tokens(x: Tensor, num_tokens: int, num_heads: int) -> Cost:
     """x in, tokens, sizes and assignment out; head mean, all pairs of every round, one mean."""
     n, t, c = x.shape
-    flops, left = 2 * t * c, t
-    for r in merge_rounds(t, num_tokens):
-        flops += 2 * (left - left // 2) * (left // 2) * (c // num_heads)
-        left -= r
+    flops = 2 * t * c + merge_flops(t, num_tokens, c // num_heads)
     out = num_tokens * c * x.element_size() + 4 * (num_tokens + t)
     return Cost(_size(x) + n * out, n * flops)
 
@@ -120,7 +109,8 @@ def gather_tokens_backward(grad: Tensor, index: Tensor, num_rows: int) -> Cost:
 
 
 def _attention_pairs(cu_q: Tensor, cu_k: Tensor, causal: bool) -> int:
-    return sum(_pairs(a, b, causal) for a, b in zip(_lengths(cu_q), _lengths(cu_k), strict=True))
+    lengths = zip(_lengths(cu_q), _lengths(cu_k), strict=True)
+    return sum(visible_pairs(rows, keys, causal) for rows, keys in lengths)
 
 
 @_cost_of("ragged_attention")

@@ -25,6 +25,8 @@ class OpSpec:
     samples: Callable[[str, torch.dtype], Samples]
     differentiable: tuple[str, ...] = ()  # its arguments that get a gradient
     dtypes: tuple[torch.dtype, ...] = FLOATS
+    # How much larger than the output what is rounded on the way is, where that is unavoidable.
+    conditioning: Callable[..., float] = lambda *arguments: 0.0
 
     def arguments(self, sample: Sample) -> tuple:
         """The arguments of the registered operation, in the order of its schema."""
@@ -117,7 +119,10 @@ SPECS = {
         OpSpec("gather_tokens_backward", _gather_tokens_backward, _s.gather_tokens_backward),
         OpSpec("ragged_attention", hk.ragged_attention, _a.ragged_attention, ("q", "k", "v")),
         OpSpec(
-            "ragged_attention_backward", _ragged_attention_backward, _a.ragged_attention_backward
+            "ragged_attention_backward",
+            _ragged_attention_backward,
+            _a.ragged_attention_backward,
+            conditioning=_a.largest_logit,
         ),
         OpSpec("ragged_decode_attention", hk.ragged_decode_attention, _a.ragged_decode_attention),
     )
