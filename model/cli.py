@@ -1,4 +1,4 @@
-"""The command `hico`: a demo on a shipped video, and a question about one's own."""
+"""The command `hico`: a demo on a shipped video, a question about one's own, the cost tables."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from hico_kernels import DropPlan, TextTopK, Uniform
+from hico_kernels.flops import CONVENTIONS
 from hico_model import page, presets, report
 from hico_model.errors import UserError
 
@@ -22,6 +23,7 @@ DEMO_CREDIT = (
     "Video: Big Buck Bunny, (c) copyright 2008, Blender Foundation / www.bigbuckbunny.org, "
     "CC BY 3.0; scaled down, without sound"
 )
+FORMATS = ("text", "md", "csv", "json")  # of `hico tables`
 RULES = {"uniform": Uniform, "text": TextTopK}
 DROP_EXAMPLE = "4:uniform:0.75,18:text:0.25"
 
@@ -69,6 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     ask.add_argument("--html", metavar="FILE", help="also write a page that shows what happened")
     ask.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="default: 64")
+
+    tables = commands.add_parser("tables", help="the papers' cost tables, computed again")
+    tables.set_defaults(run=_tables)
+    tables.add_argument("--table", type=int, choices=(1, 5, 7), help="default: all three")
+    tables.add_argument(
+        "--convention", choices=CONVENTIONS, help="how FLOPs are counted (default: as the table's)"
+    )
+    tables.add_argument("--format", choices=FORMATS, default="text", help="default: text")
     return parser
 
 
@@ -153,6 +163,15 @@ def parse_drop(text: str) -> DropPlan:
 
 def _drop_message(e: ValueError) -> str:
     return f"--drop: {str(e).removeprefix('drops: ')}"
+
+
+def _tables(args: argparse.Namespace) -> None:
+    if args.table == 5 and args.convention:
+        raise UserError("--convention is for tables 1 and 7: nothing in an encoder is causal")
+    from hico_model.table_formats import render
+    from hico_model.tables import tables  # transformers: seconds
+
+    print(render(tables([args.table] if args.table else (1, 5, 7), args.convention), args.format))
 
 
 def _answer(

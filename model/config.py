@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from hico_kernels.flops import Decoder, VisionEncoder
 from hico_kernels.patch.plan import DropPlan, TextTopK, Uniform
 
 
@@ -50,6 +51,32 @@ class Config:
     def head_dim(self) -> int:
         """Width of one attention head of the language model."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def decoder(self) -> Decoder:
+        """The language model, for `hico_kernels.flops.cost`."""
+        return Decoder(
+            self.num_layers,
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_heads,
+            self.num_kv_heads,
+            self.vocab_size,
+            tied=self.tie_word_embeddings,
+        )
+
+    @property
+    def vision(self) -> VisionEncoder:
+        """The encoder and its merge, for `hico_kernels.flops.cost`."""
+        return VisionEncoder(
+            self.vision_layers,
+            self.vision_width,
+            self.vision_mlp_ratio * self.vision_width,
+            patches=self.patches_per_frame,
+            patch_values=3 * self.patch_size**2,
+            frames=self.frames_per_clip,
+            merge_heads=self.merge_heads,
+        )
 
 
 presets = {

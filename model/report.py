@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hico_kernels import DropPlan
-from hico_kernels.flops import kv_bytes, prefill_flops, rows_per_layer
+from hico_kernels.flops import rows_per_layer
 from hico_model.config import Config, presets
 from hico_model.trace import Answer, Trace
 
@@ -85,19 +85,11 @@ def cases(
 ) -> list[Case]:
     """With `rows` in each layer, without drops, and with two other models' tokens per frame."""
     per_frame = config.tokens_per_clip // config.frames_per_clip
-    kv_width = config.num_kv_heads * config.head_dim
+    decoder = config.decoder
 
     def case(label: str, tokens: int, rows: Sequence[int]) -> Case:
-        flops = prefill_flops(
-            rows,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            kv_width=kv_width,
-            vocab=config.vocab_size,
-        )
-        return Case(
-            label, tokens, kv_bytes(rows, kv_width=kv_width, bytes_per_value=value_bytes), flops
-        )
+        flops = sum(decoder.prefill_flops(rows).values())
+        return Case(label, tokens, decoder.kv_bytes(rows, value_bytes), flops)
 
     out = []
     for tokens, name in {per_frame: "no drops", **PEERS}.items():

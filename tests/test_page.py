@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("av")
 
-from hico_kernels.flops import kv_bytes, rows_per_layer
+from hico_kernels.flops import rows_per_layer
 from hico_model import VideoChatFlash, answer, page, presets, report
 from hico_model.cli import DEMO_VIDEO
 
@@ -107,10 +107,10 @@ def test_savings_start_with_what_was_run(run):
     assert counted == trace.layer_tokens
     (ours, full, longva, longvila), real = report.savings(run).values()
     assert [c.tokens for c in (ours, full, longva, longvila)] == [1024, 1024, 9216, 12544]
-    width = config.num_kv_heads * config.head_dim
-    assert ours.kv_bytes == kv_bytes(counted, kv_width=width, bytes_per_value=4)
+    kv_bytes = config.decoder.kv_bytes
+    assert ours.kv_bytes == kv_bytes(counted, value_bytes=4)
     with_answer = [rows + NEW_TOKENS for rows in counted]  # the cache has room for it
-    assert trace.kv_bytes == kv_bytes(with_answer, kv_width=width, bytes_per_value=4)
+    assert trace.kv_bytes == kv_bytes(with_answer, value_bytes=4)
     assert ours.kv_bytes < full.kv_bytes < longva.kv_bytes < longvila.kv_bytes
     assert ours.flops < full.flops < longva.flops < longvila.flops
     assert real[1].kv_bytes == (1024 + report.REAL_TEXT) * 57_344
