@@ -4,7 +4,7 @@ and what came.
 
 from itertools import pairwise
 
-from torch import SymInt, Tensor, device, int32, int64
+from torch import SymFloat, SymInt, Tensor, device, int32, int64
 
 
 def tensor(name: str, x: Tensor, layout: str, *, floating: bool = True) -> None:
@@ -21,6 +21,12 @@ def integer(name: str, value: int) -> None:
     """Value must be a host int: a tensor would have to be waited for."""
     if isinstance(value, bool) or not isinstance(value, int | SymInt):
         raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+def boolean(name: str, value: bool) -> None:
+    """Value must be True or False: None or 1 may stand for something else."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def same(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
@@ -74,11 +80,17 @@ def heads(q: Tensor, name: str, k: Tensor) -> None:
     """
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{name} must have the head width of q, {q.shape[-1]}, got {k.shape[-1]}")
+    if q.shape[-2] < 1:
+        raise ValueError(f"q must have at least one head, got shape {tuple(q.shape)}")
     if k.shape[-2] < 1 or q.shape[-2] % k.shape[-2]:
         expected = f"a number of heads that divides the {q.shape[-2]} of q"
         raise ValueError(f"{name} must have {expected}, got {k.shape[-2]}")
 
 
-def default_scale(q: Tensor) -> float:
-    """1 / sqrt(head width)."""
-    return q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """The factor of the logits: as given, else 1 / sqrt(head width)."""
+    if scale is None:
+        return q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, int | float | SymInt | SymFloat):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    return float(scale)

@@ -50,9 +50,9 @@ def why_not(operation: str, impl: str, *tensors: Tensor, device: str | None = No
     """
     if operation not in ops.SCHEMAS:
         raise ValueError(f"operation must be one of {', '.join(ops.SCHEMAS)}, got {operation!r}")
-    if impl not in IMPLEMENTATIONS:
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be 'auto' or one of {IMPLEMENTATIONS}, got {impl!r}")
-    if impl == "reference":
+    if impl in ("auto", "reference"):
         return None
     if not has_implementation(operation, impl):
         return f"{operation} has no {impl} implementation in this version"

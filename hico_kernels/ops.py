@@ -9,6 +9,7 @@ Dimension letters: N clips, T tokens of a clip, K tokens kept, C channels; S pac
 rows, H heads, Hkv key/value heads, D head width, B sequences.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -37,7 +38,17 @@ def _op(schema: str) -> Callable:
 def register_reference(reference: Callable) -> Callable:
     """Make `<operation>_reference` the implementation of ``hico_reference::<operation>``."""
     name = reference.__name__.removesuffix("_reference")
-    torch.library.impl(f"{REFERENCE}::{name}", "CompositeExplicitAutograd")(reference)
+
+    @functools.wraps(reference)
+    def in_given_precision(*arguments):
+        tensors = (x for x in arguments if isinstance(x, Tensor))
+        device = next((x.device.type for x in tensors), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return reference(*arguments)
+        with torch.autocast(device, enabled=False):  # the precision is part of the definition
+            return reference(*arguments)
+
+    torch.library.impl(f"{REFERENCE}::{name}", "CompositeExplicitAutograd")(in_given_precision)
     return reference
 
 

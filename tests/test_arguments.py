@@ -21,8 +21,8 @@ def match(x=X, r=1, **kwargs):
     hk.bipartite_soft_matching(x, r, **kwargs)
 
 
-def score(q=Q, k=K, cu_q=CU, cu_k=CU):
-    hk.text_guided_scores(q, k, cu_q, cu_k)
+def score(q=Q, k=K, cu_q=CU, cu_k=CU, **kwargs):
+    hk.text_guided_scores(q, k, cu_q, cu_k, **kwargs)
 
 
 def topk(scores=SCORES, cu=CU, keep=(1, 1)):
@@ -57,6 +57,8 @@ MERGE = {
     "ValueError: metric must be [N, T, D], got shape (9, 8)": lambda: match(X[0]),
     "ValueError: r must be at least 0, got -1": lambda: match(r=-1),
     "TypeError: r must be an int, got 1.5": lambda: match(r=1.5),
+    "TypeError: class_token must be True or False, got 5": lambda: match(class_token=5),
+    "TypeError: distill_token must be True or False, got None": lambda: match(distill_token=None),
     "ValueError: distill_token needs class_token": lambda: match(distill_token=True),
     "ValueError: x must be [N, T, C] with N, T = (2, 9), got (2, 8, 8)": (
         lambda: MATCHING.merge(X[:, 1:])
@@ -210,6 +212,34 @@ def index_cases():
             rf"kv_lengths must lie in \[0, 3\], got {length}",
             id=f"ragged_decode_attention-{length}",
         )
+
+
+HUGE = (2**62 - 1, 2**63 - 1, 2**61, -1)
+
+
+def hostile_cases():
+    """Sizes that only a direct call of an operator can give, of which some products overflow."""
+    x, where = torch.randn(4, 4, 8), torch.zeros(4, 4, dtype=torch.int32)
+    calls = {
+        "merge_apply": lambda op, n: op(x, where, n, None),
+        "merge_tokens": lambda op, n: op(x, n, 1),
+        "merge_tokens-heads": lambda op, n: op(x, 2, n),
+        "bipartite_soft_matching": lambda op, n: op(x, n, False, False),
+        "select_topk": lambda op, n: op(SCORES, CU, [n, 1]),
+        "uniform_indices": lambda op, n: op(n, 3 if n > 0 else n, torch.device("cpu")),
+        "gather_tokens_backward": lambda op, n: op(x[0], torch.arange(4), n),
+    }
+    for name, call in calls.items():
+        for n in HUGE:
+            yield pytest.param(name.split("-")[0], call, n, id=f"{name}-{n}")
+
+
+@pytest.mark.parametrize(("operation", "call", "n"), [*hostile_cases()])
+def test_a_hostile_size_is_an_error_and_not_a_crash(operation, call, n):
+    if hk.why_not(operation, "cpu"):
+        pytest.skip(hk.why_not(operation, "cpu"))
+    with pytest.raises(RuntimeError):
+        call(getattr(torch.ops.hico, operation).default, n)
 
 
 def count_cases():

@@ -275,3 +275,21 @@ def test_entries_beyond_the_length_change_no_bit(impl):
         k[b, length:], v[b, length:] = torch.nan, torch.inf
     assert_same_bits(ragged_decode_attention(q, k, v, lengths, impl=impl), out, "out")
     assert (out[2] == 0).all()
+
+
+def test_blocks_of_queries_give_what_all_at_once_give(monkeypatch):
+    q = torch.randn(23, 4, 8, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(19, 2, 8, dtype=torch.float64, requires_grad=True)
+    ends = cu_seqlens((9, 14)), cu_seqlens((12, 7))
+
+    def everything(causal):
+        out, lse = ragged_attention(
+            q, k, 2 * k, *ends, 14, 12, causal=causal, return_lse=True, impl="reference"
+        )
+        return out, lse, *torch.autograd.grad(out.sin().sum(), (q, k))
+
+    for causal in (True, False):
+        expected = everything(causal)
+        with monkeypatch.context() as patch:
+            patch.setattr("hico_kernels.attention.reference._LOGITS", 4 * 12 * 3)
+            torch.testing.assert_close(everything(causal), expected)

@@ -82,6 +82,18 @@ def test_every_tensor_may_be_strided(spec, impl, device):
 
 
 @pytest.mark.parametrize(("spec", "impl", "device"), ROWS)
+def test_autocast_does_not_change_the_precision(spec, impl, device):
+    def in_autocast(spec, sample, run):
+        expected = run(sample)
+        with torch.autocast(device, torch.bfloat16):
+            actual = run(sample)
+        for a, b in zip(actual, expected, strict=True):
+            promises.assert_same_bits(a, b, f"{spec.name} {sample.id} in autocast")
+
+    keep(in_autocast, spec, impl, device, torch.float32)
+
+
+@pytest.mark.parametrize(("spec", "impl", "device"), ROWS)
 def test_inputs_are_left_alone(spec, impl, device):
     keep(promises.untouched_inputs, spec, impl, device, torch.float32, torch.bfloat16)
 

@@ -109,6 +109,7 @@ WRONG = {
         lambda: TextTopK("0.5")
     ),
     "ValueError: drops: a layer must be >= 0, got -1": lambda: DropPlan({-1: Uniform(0.5)}),
+    "TypeError: drops must map layers to rules, got [4]": lambda: DropPlan([4]),
     "TypeError: drops: a layer must be an int, got '4'": lambda: DropPlan({"4": Uniform(0.5)}),
     "TypeError: drops: a layer must be an int, got True": lambda: DropPlan({True: Uniform(0.5)}),
     "TypeError: drops[4] must be Uniform or TextTopK, got 0.5": lambda: DropPlan({4: 0.5}),
@@ -140,3 +141,9 @@ def test_a_plan_cannot_be_changed_but_copied_and_pickled():
     with pytest.raises(TypeError, match="does not support item assignment"):
         PAPER.drops[4] = Uniform(0.5)
     assert pickle.loads(pickle.dumps(PAPER)) == copy.deepcopy(PAPER) == PAPER
+
+
+def test_a_count_of_one_is_not_the_ratio_one():
+    assert Uniform(1) != Uniform(1.0)
+    assert DropPlan({0: TextTopK(1)}) != DropPlan({0: TextTopK(1.0)})
+    assert len({Uniform(1), Uniform(1.0)}) == 2

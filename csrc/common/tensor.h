@@ -6,6 +6,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <string>
+
 namespace hico {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -21,8 +23,17 @@ T* mutable_data(Tensor& t) {
 }  // namespace hico
 
 // Python gives the user-facing messages; these stop a direct torch.ops call from reading out of
-// bounds.
-#define HICO_CHECK_DIM(t, n) \
-  STD_TORCH_CHECK((t).dim() == (n), #t " must be " #n "-D, got ", (t).dim(), "-D")
+// bounds. An argument that is made contiguous first is called `x_in` here and `x` by its schema.
+namespace hico {
+inline std::string argument_name(std::string name) {
+  return name.ends_with("_in") ? name.substr(0, name.size() - 3) : name;
+}
+}  // namespace hico
+#define HICO_CHECK_DIM(t, n)                                                                       \
+  STD_TORCH_CHECK((t).dim() == (n), hico::argument_name(#t), " must be " #n "-D, got ", (t).dim(), \
+                  "-D")
 #define HICO_CHECK_DTYPE(t, d) \
-  STD_TORCH_CHECK((t).scalar_type() == ScalarType::d, #t " must be " #d)
+  STD_TORCH_CHECK((t).scalar_type() == ScalarType::d, hico::argument_name(#t), " must be " #d)
+#define HICO_CHECK_INDEX(t)                                                                      \
+  STD_TORCH_CHECK((t).scalar_type() == ScalarType::Int || (t).scalar_type() == ScalarType::Long, \
+                  hico::argument_name(#t), " must be int32 or int64")

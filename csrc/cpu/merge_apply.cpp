@@ -6,6 +6,7 @@
 #include "cpu/merge_apply.h"
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -57,19 +58,21 @@ std::tuple<Tensor, Tensor> merge_apply_cpu(const Tensor& x_in, const Tensor& ass
   const int64_t n = x_in.size(0), t = x_in.size(1), c = x_in.size(2);
   STD_TORCH_CHECK(assignment_in.size(0) == n && assignment_in.size(1) == t,
                   "assignment must be [N, T] of x");
-  STD_TORCH_CHECK(k >= 0, "num_tokens must be at least 0, got ", k);
+  STD_TORCH_CHECK(0 <= k && k <= std::numeric_limits<int32_t>::max(),
+                  "num_tokens must be in [0, 2^31), got ", k);
   const Tensor x = torch::stable::contiguous(x_in);
   const Tensor assignment = torch::stable::contiguous(assignment_in);
   check_assignment(assignment, k);
   const std::optional<Tensor> weights = as_float(sizes, n, t);
   const float* weight = weights ? data<float>(*weights) : nullptr;
 
+  // The output first: torch says so when it is too large, before anything smaller is asked for.
+  Tensor y = on_huge_pages(torch::stable::new_empty(x, {n, k, c}));
   std::vector<int32_t> order(n * t), first(n * (k + 1));
   for (int64_t i = 0; i < n; ++i) {
     list_members(data<int32_t>(assignment) + i * t, t, k, order.data() + i * t,
                  first.data() + i * (k + 1));
   }
-  Tensor y = on_huge_pages(torch::stable::new_empty(x, {n, k, c}));
   Tensor totals = torch::stable::new_empty(x, {n, k}, ScalarType::Float);
   const bool bf16 = is_bf16(x);
   const auto mean = bf16 ? merge_kernels().mean_bf16 : merge_kernels().mean_f32;

@@ -77,8 +77,8 @@ Tensor bipartite_soft_matching_cpu(const Tensor& metric_in, int64_t r, bool clas
   const int64_t n = metric_in.size(0), t = metric_in.size(1), d = metric_in.size(2);
   const Protected keep{class_token, distill_token};
   STD_TORCH_CHECK(!distill_token || class_token, "distill_token needs class_token");
-  STD_TORCH_CHECK(0 <= r && 2 * r <= std::max<int64_t>(t - class_token - distill_token, 0),
-                  "r must be in [0, unprotected tokens / 2], got ", r);
+  const int64_t most = std::max<int64_t>(t - class_token - distill_token, 0) / 2;
+  STD_TORCH_CHECK(0 <= r && r <= most, "r must be in [0, ", most, "], got ", r);
   const Tensor metric = torch::stable::contiguous(torch::stable::to(metric_in, ScalarType::Float));
   Tensor assignment = torch::stable::new_empty(metric, {n, t}, ScalarType::Int);
   const float* from = data<float>(metric);

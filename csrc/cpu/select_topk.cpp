@@ -104,6 +104,7 @@ Tensor select_topk_cpu(const Tensor& scores_in, const Tensor& cu_seqlens_in,
                        std::vector<int64_t> keep) {
   HICO_CHECK_DIM(scores_in, 1);
   HICO_CHECK_DIM(cu_seqlens_in, 1);
+  HICO_CHECK_INDEX(cu_seqlens_in);
   HICO_CHECK_DTYPE(scores_in, Float);
   const Tensor scores = torch::stable::contiguous(scores_in);
   const Tensor bounds =

@@ -82,6 +82,7 @@ void add_scores(const void* queries, const char* k, int64_t keys, const ScoreSha
 
 std::vector<int64_t> bounds_of(const Tensor& cu_seqlens, int64_t total, const char* name) {
   HICO_CHECK_DIM(cu_seqlens, 1);
+  HICO_CHECK_INDEX(cu_seqlens);
   const Tensor whole = torch::stable::contiguous(torch::stable::to(cu_seqlens, ScalarType::Long));
   const int64_t* at = data<int64_t>(whole);
   const std::vector<int64_t> bounds(at, at + whole.size(0));
@@ -102,7 +103,7 @@ Tensor text_guided_scores_cpu(const Tensor& q_in, const Tensor& k_in, const Tens
   if (!bf16) HICO_CHECK_DTYPE(q_in, Float);
   STD_TORCH_CHECK(k_in.scalar_type() == q_in.scalar_type(), "k must have the dtype of q");
   const int64_t heads = q_in.size(1), groups = k_in.size(1), width = q_in.size(2);
-  STD_TORCH_CHECK(groups >= 1 && heads % groups == 0 && k_in.size(2) == width,
+  STD_TORCH_CHECK(groups >= 1 && heads >= 1 && heads % groups == 0 && k_in.size(2) == width,
                   "k must fit the heads of q");
   const std::vector<int64_t> text = bounds_of(cu_seqlens_q, q_in.size(0), "cu_seqlens_q");
   const std::vector<int64_t> keys = bounds_of(cu_seqlens_k, k_in.size(0), "cu_seqlens_k");

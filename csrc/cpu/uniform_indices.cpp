@@ -9,6 +9,8 @@ namespace hico {
 Tensor uniform_indices_cpu(int64_t num_tokens, int64_t keep, torch::stable::Device device) {
   STD_TORCH_CHECK(0 <= keep && keep <= num_tokens, "keep must be in [0, ", num_tokens, "], got ",
                   keep);
+  STD_TORCH_CHECK(num_tokens <= int64_t{1} << 53, "num_tokens must be at most 2^53, got ",
+                  num_tokens);
   STD_TORCH_CHECK(device.is_cpu(), "device must be the CPU");
   Tensor index = torch::stable::empty({keep}, ScalarType::Long, std::nullopt, device);
   int64_t* out = mutable_data<int64_t>(index);

@@ -50,6 +50,8 @@ def ragged_attention(
     checks.same_batch("cu_seqlens_k", cu_seqlens_k, "cu_seqlens_q", cu_seqlens_q)
     checks.integer("max_seqlen_q", max_seqlen_q)
     checks.integer("max_seqlen_k", max_seqlen_k)
+    checks.boolean("causal", causal)
+    checks.boolean("return_lse", return_lse)
     if key_bias is not None:
         checks.tensor("key_bias", key_bias, "[Sk]")
         checks.same("key_bias", key_bias, "k", k, dtype=False)
@@ -57,7 +59,7 @@ def ragged_attention(
             raise ValueError(f"key_bias must be [{k.shape[0]}], got {tuple(key_bias.shape)}")
         if key_bias.requires_grad:
             raise ValueError("key_bias must not require a gradient: it is a constant of attention")
-    scale = checks.default_scale(q) if scale is None else float(scale)
+    scale = checks.scale_of(q, scale)
     rest = (max_seqlen_q, max_seqlen_k, causal, scale, key_bias)
     # torch.compile refuses a tensor in two places of an autograd.Function
     ends = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
@@ -98,6 +100,6 @@ def ragged_decode_attention(
     checks.integers("kv_lengths", kv_lengths, "[B]", q.device)
     if kv_lengths.shape[0] != q.shape[0]:
         raise ValueError(f"kv_lengths must be [{q.shape[0]}], got {tuple(kv_lengths.shape)}")
-    scale = checks.default_scale(q) if scale is None else float(scale)
+    scale = checks.scale_of(q, scale)
     run = overload("ragged_decode_attention", impl, q, k_cache, v_cache)
     return run(q.detach(), k_cache.detach(), v_cache.detach(), kv_lengths, scale)

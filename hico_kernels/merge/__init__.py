@@ -122,6 +122,8 @@ def bipartite_soft_matching(
     """
     checks.tensor("metric", metric, "[N, T, D]")
     checks.integer("r", r)
+    checks.boolean("class_token", class_token)
+    checks.boolean("distill_token", distill_token)
     if distill_token and not class_token:
         raise ValueError("distill_token needs class_token: it is the token after the class token")
     if r < 0:

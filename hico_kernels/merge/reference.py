@@ -17,6 +17,8 @@ def merge_rounds(num_tokens: int, target: int) -> list[int]:
     """How many pairs merge in each round on the way from `num_tokens` to `target`: halve while
     that is too many.
     """
+    if target < 1:
+        raise ValueError(f"num_tokens must be at least 1, got {target}")
     rounds = []
     while num_tokens > target:
         rounds.append(min(num_tokens - target, num_tokens // 2))
@@ -98,14 +100,19 @@ def bipartite_soft_matching_reference(
     return _match(_wide(metric), r, class_token, distill_token).int().contiguous()
 
 
+def _checked(assignment: Tensor, k: int) -> Tensor:
+    rows = assignment.long()
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < k:
+        raise ValueError(f"assignment must lie in [0, {k})")
+    return rows
+
+
 @register_reference
 def merge_apply_reference(
     x: Tensor, assignment: Tensor, num_tokens: int, sizes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Size-weighted mean of the tokens that share a new position, and their summed sizes."""
-    rows = assignment.long()
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < num_tokens:
-        raise ValueError(f"assignment must lie in [0, {num_tokens})")
+    rows = _checked(assignment, num_tokens)
     if sizes is None:
         counts = _counts(rows, num_tokens)
         sums, merged = _segment_sum(_wide(x), rows, num_tokens), counts.int()
@@ -127,7 +134,8 @@ def merge_backward_reference(
     wide = _wide(grad)
     total = merged_sizes.to(wide.dtype)[..., None]
     share = torch.where(total != 0, wide / total, 0)
-    members = torch.take_along_dim(share, assignment.long()[..., None], dim=1)
+    rows = _checked(assignment, grad.shape[1])
+    members = torch.take_along_dim(share, rows[..., None], dim=1)
     if sizes is not None:
         members = members * sizes.to(wide.dtype)[..., None]
     return members.to(grad.dtype)
@@ -145,6 +153,8 @@ def merge_tokens_reference(
     all members.
     """
     n, t, _ = x.shape
+    if num_heads < 1 or x.shape[2] % num_heads:
+        raise ValueError(f"num_heads must divide {x.shape[2]}, got {num_heads}")
     if num_tokens == t:
         assignment = torch.arange(t, dtype=torch.int32, device=x.device).repeat(n, 1)
         copy = x.clone(memory_format=torch.contiguous_format)

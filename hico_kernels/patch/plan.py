@@ -6,20 +6,22 @@ text attends to in deep ones: ``DropPlan({4: Uniform(keep=0.75), 18: TextTopK(ke
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, get_args
 
 Positions = Literal["keep", "renumber"]
 
 
-def _check_keep(rule: str, keep: float | int) -> None:
+def _check_keep(self: "Rule") -> None:
+    rule, keep = type(self).__name__, self.keep
     if isinstance(keep, bool) or not isinstance(keep, int | float):
         raise TypeError(f"{rule}: keep must be a ratio (float) or a count (int), got {keep!r}")
     if isinstance(keep, float) and not 0 < keep <= 1:
         raise ValueError(f"{rule}: keep as a ratio must be in (0, 1], got {keep}")
     if isinstance(keep, int) and keep < 1:
         raise ValueError(f"{rule}: keep as a count must be at least 1, got {keep}")
+    object.__setattr__(self, "is_ratio", isinstance(keep, float))  # 1 and 1.0 are different rules
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,10 @@ class Uniform:
     """
 
     keep: float | int
+    is_ratio: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_keep("Uniform", self.keep)
+        _check_keep(self)
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,10 @@ class TextTopK:
     """Keep the visual tokens that the last prompt token attends to most. keep: as in `Uniform`."""
 
     keep: float | int
+    is_ratio: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_keep("TextTopK", self.keep)
+        _check_keep(self)
 
 
 Rule = Uniform | TextTopK
@@ -67,6 +71,8 @@ class DropPlan:
     def __post_init__(self) -> None:
         if self.positions not in get_args(Positions):
             raise ValueError(f"positions must be 'keep' or 'renumber', got {self.positions!r}")
+        if not isinstance(self.drops, Mapping):
+            raise TypeError(f"drops must map layers to rules, got {self.drops!r}")
         for layer, rule in self.drops.items():
             if isinstance(layer, bool) or not isinstance(layer, int):
                 raise TypeError(f"drops: a layer must be an int, got {layer!r}")
@@ -75,7 +81,7 @@ class DropPlan:
             if not isinstance(rule, Rule):
                 raise TypeError(f"drops[{layer}] must be Uniform or TextTopK, got {rule!r}")
         ordered = dict(sorted(self.drops.items()))
-        ratios = [rule.keep for rule in ordered.values() if isinstance(rule.keep, float)]
+        ratios = [rule.keep for rule in ordered.values() if rule.is_ratio]
         if ratios != sorted(ratios, reverse=True):
             raise ValueError(
                 f"drops: keep ratios count from all tokens and cannot rise, got {ratios}"
@@ -101,7 +107,7 @@ class DropPlan:
         """
         left, out = num_visual, {}
         for layer, rule in self.drops.items():
-            want = int(num_visual * rule.keep) if isinstance(rule.keep, float) else rule.keep
+            want = int(num_visual * rule.keep) if rule.is_ratio else rule.keep
             left = out[layer] = min(left, want)
         return out
 

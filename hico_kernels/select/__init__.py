@@ -38,7 +38,7 @@ def text_guided_scores(
     checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
     checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
     checks.same_batch("cu_seqlens_k", cu_seqlens_k, "cu_seqlens_q", cu_seqlens_q)
-    scale = checks.default_scale(q) if scale is None else float(scale)
+    scale = checks.scale_of(q, scale)
     run = overload("text_guided_scores", impl, q, k, cu_seqlens_q, cu_seqlens_k)
     return run(q.detach(), k.detach(), cu_seqlens_q, cu_seqlens_k, scale)
 

@@ -34,7 +34,7 @@ def select_topk_reference(scores: Tensor, cu_seqlens: Tensor, keep: list[int]) -
     chosen = [scores.new_empty(0, dtype=torch.int64)]
     bounds = checks.segments("cu_seqlens", cu_seqlens, scores.shape[0])
     for (lo, hi), k in zip(bounds, keep, strict=True):
-        if k > hi - lo:
+        if not 0 <= k <= hi - lo:
             raise ValueError(f"keep must be at most the sequence's {hi - lo} scores, got {k}")
         own = scores[lo:hi]
         ranked = own.masked_fill(own.isnan(), -torch.inf).argsort(descending=True, stable=True)

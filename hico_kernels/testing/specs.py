@@ -34,7 +34,7 @@ class OpSpec:
         bound.apply_defaults()
         given = bound.arguments
         if given.get("scale", 0) is None:
-            given["scale"] = checks.default_scale(given["q"])
+            given["scale"] = checks.scale_of(given["q"], None)
         if "device" in given:
             given["device"] = torch.device(given["device"])
         return tuple(given[a.name] for a in self.registered().default._schema.arguments)
