@@ -3,12 +3,21 @@ attention.
 """
 
 from hico_kernels import ops as _ops  # noqa: F401  schemas and fakes first, no native code needed
+from hico_kernels import patch  # callable: patch(model, plan)
 from hico_kernels.attention import ragged_attention, ragged_decode_attention
 from hico_kernels.counting import install as _count
 from hico_kernels.dispatch import why_not
 from hico_kernels.merge import Matching, MergedTokens, bipartite_soft_matching, merge_tokens
 from hico_kernels.native import load as _load
-from hico_kernels.patch import DropPlan, TextTopK, Uniform
+from hico_kernels.patch import (
+    DropPlan,
+    TextTopK,
+    Uniform,
+    UnsupportedModel,
+    compress,
+    selfcheck,
+    supports,
+)
 from hico_kernels.select import gather_tokens, select_topk, text_guided_scores, uniform_indices
 
 __version__ = "0.1.0"
@@ -18,12 +27,17 @@ __all__ = [
     "MergedTokens",
     "TextTopK",
     "Uniform",
+    "UnsupportedModel",
     "bipartite_soft_matching",
+    "compress",
     "gather_tokens",
     "merge_tokens",
+    "patch",
     "ragged_attention",
     "ragged_decode_attention",
     "select_topk",
+    "selfcheck",
+    "supports",
     "text_guided_scores",
     "uniform_indices",
     "why_not",

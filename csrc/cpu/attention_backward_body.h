@@ -18,11 +18,12 @@ void backward_prepare(const BackwardRows& rows, int64_t query) {
     const int64_t at = (query * rows.heads + h) * rows.width;
     const T* out = static_cast<const T*>(rows.out) + at;
     const T* grad = static_cast<const T*>(rows.grad) + at;
-    // channel after channel, as dp adds them up: where both are the same product they then cancel
-    float sum = 0;
-    for (int64_t c = 0; c < rows.width; ++c) sum = std::fma(load1(out + c), load1(grad + c), sum);
+    Lanes sum = {};
+    for (int64_t c = 0; c < rows.width; c += kLanes) {
+      sum += load_part(out, c, rows.width) * load_part(grad, c, rows.width);
+    }
     const int64_t to = (h / rows.group * rows.queries + query) * rows.group + h % rows.group;
-    rows.delta[to] = sum;
+    rows.delta[to] = sum_of(sum);
     const float lse = rows.lse[h * rows.queries + query];
     rows.base[to] = lse == -INFINITY ? INFINITY : lse;  // exp(.. - inf) = 0: it saw nothing
   }

@@ -1,5 +1,77 @@
-"""Drop-in token dropping: the plans. What applies them to other people's models lives here too."""
+"""Drop-in token dropping for other people's models.
 
+This module can be called: ``hico_kernels.patch(model, DropPlan({4: Uniform(keep=0.5)}))``. It stays
+a package as well, so that ``hico_kernels.patch.plan`` can be imported. transformers is imported
+when something is patched, not before.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from hico_kernels.patch.families import UnsupportedModel, take_apart, why_not_renumber
 from hico_kernels.patch.plan import DropPlan, TextTopK, Uniform
 
-__all__ = ["DropPlan", "TextTopK", "Uniform"]
+if TYPE_CHECKING:
+    from hico_kernels.patch.handle import Handle
+
+__all__ = [
+    "DropPlan",
+    "TextTopK",
+    "Uniform",
+    "UnsupportedModel",
+    "compress",
+    "selfcheck",
+    "supports",
+]
+
+
+@contextmanager
+def compress(model: nn.Module, plan: DropPlan) -> "Iterator[Handle]":
+    """`hico_kernels.patch` for the time of a with block."""
+    from hico_kernels.patch import handle
+
+    with handle.compress(model, plan) as patched:
+        yield patched
+
+
+def supports(model: nn.Module) -> dict[str, Any]:
+    """Whether `model` can be patched, and which plans fit it.
+
+    -> {"supported": bool, "reason": why not, or None}, and where supported "family", "layers" and
+    the "positions" that a plan may ask for.
+    """
+    try:
+        parts = take_apart(model)
+    except UnsupportedModel as error:
+        return {"supported": False, "reason": str(error)}
+    renumber = why_not_renumber(parts) is None
+    return {
+        "supported": True,
+        "reason": None,
+        "family": parts.family.name,
+        "layers": len(parts.decoder.layers),
+        "positions": ["keep", "renumber"] if renumber else ["keep"],
+    }
+
+
+def selfcheck(model: nn.Module, plan: DropPlan | None = None) -> dict[str, float]:
+    """Check on your own stack that dropping is exact: see `hico_kernels.patch.check.selfcheck`."""
+    from hico_kernels.patch import check
+
+    return check.selfcheck(model, plan)
+
+
+class _Patch(ModuleType):
+    def __call__(self, model: nn.Module, plan: DropPlan) -> "Handle":
+        """Let `model` drop visual tokens by `plan` until `remove()` on what is returned."""
+        from hico_kernels.patch.handle import patch
+
+        return patch(model, plan)
+
+
+sys.modules[__name__].__class__ = _Patch

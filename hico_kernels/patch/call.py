@@ -1,0 +1,207 @@
+"""One forward call of a patched decoder: what is dropped in it, and what each layer is told."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hico_kernels.patch.clock import Clock
+from hico_kernels.patch.columns import Columns, layer_of
+from hico_kernels.patch.masks import layer_mask, real_tokens
+from hico_kernels.patch.plan import DropPlan, Uniform
+from hico_kernels.patch.rows import Prompt, Rows, best, evenly
+from hico_kernels.patch.scores import text_scores
+from hico_kernels.select import gather_tokens
+
+
+@dataclass
+class Call:
+    """State of one forward call; what outlives it hangs on the cache layers (`columns.py`)."""
+
+    plan: DropPlan
+    decoder: nn.Module
+    batch: int
+    length: int  # tokens given to the decoder
+    mask: Tensor | None  # what the decoder was given: 2D, 4D or None
+    prompt: Prompt | None  # None: nothing to drop in this call
+    clock: Clock
+    rows: Rows | None = None  # None until the first drop
+    counts: list[dict[int, int]] = field(default_factory=list)  # per row: layer -> visual kept
+    kept: dict[int, Rows] = field(default_factory=dict)  # what each drop left
+    widths: list[int] = field(default_factory=list)  # rows that each layer was given
+    _placed: tuple[Tensor, Tensor] | None = None  # renumbered tables of the layer before
+    _once: dict[tuple, tuple] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None:
+            self.counts = [self.plan.counts(n) for n in self.prompt.num_visual]
+
+    @property
+    def drops(self) -> bool:
+        """Whether this call drops anything at all."""
+        visual = self.prompt.num_visual if self.prompt is not None else []
+        return any(min(c.values(), default=n) < n for c, n in zip(self.counts, visual, strict=True))
+
+    def before_layer(
+        self, index: int, layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """New arguments for a decoder layer; None leaves them alone."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        new = dict(kwargs)
+        if index in self.plan.drops and self.prompt is not None:
+            hidden = self._drop(index, layer, hidden, kwargs["position_embeddings"])
+        self.widths.append(hidden.shape[1])
+        store = layer_of(kwargs.get("past_key_values"), index, self.rows is not None)
+        if self.rows is None and store is None:
+            return None
+        past = 0 if store is None else int(store.get_seq_length())
+        columns, queries = self._extend(store, past, hidden.device)
+        shown = columns if store is None else columns.last(store.visible(len(queries)))
+        new["attention_mask"] = self._mask(
+            kwargs.get("attention_mask"), queries, shown, past, store, hidden
+        )
+        new["position_embeddings"] = self._embeddings(
+            kwargs["position_embeddings"], columns, hidden
+        )
+        # Flash attention takes gaps in the positions for packed sequences. Not needed any more: the
+        # rotary tables are gathered, the mask is made.
+        new["position_ids"] = None
+        if args:
+            return (hidden, *args[1:]), new
+        return args, {**new, "hidden_states": hidden}
+
+    def _drop(
+        self, index: int, layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        rows = self.rows if self.rows is not None else Rows.whole(self.prompt)
+        keep = [counts[index] for counts in self.counts]
+        if keep == rows.visual:
+            return hidden
+        slots = rows.visual_slots(self.prompt)
+        if isinstance(self.plan.drops[index], Uniform):
+            chosen = evenly(slots, rows.visual, keep)
+        else:
+            with self.clock.time("scoring", hidden.device):
+                chosen = self._best(layer, hidden, embeddings, rows, slots, keep)
+        with self.clock.time("compacting", hidden.device):
+            self.rows, source = rows.after(self.prompt, chosen, keep)
+            hidden = gather_tokens(hidden.flatten(0, 1), source).unflatten(0, (self.batch, -1))
+        self._once.clear()
+        self.kept[index] = self.rows
+        return hidden
+
+    def _best(
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        embeddings: tuple[Tensor, Tensor],
+        rows: Rows,
+        slots: Tensor,
+        keep: list[int],
+    ) -> Tensor:
+        if self.rows is not None:  # as in the layer before
+            renumbered = self.plan.positions == "renumber"
+            embeddings = self._placed if renumbered else self._taken(embeddings)
+        heard, lengths, asking = rows.heard_slots(self.prompt)
+        scores = text_scores(layer, hidden, embeddings, asking, heard, lengths)
+        return best(slots, scores[torch.searchsorted(heard, slots)], rows.visual, keep)
+
+    def _extend(self, store: Any, past: int, device: torch.device) -> tuple[Columns, Columns]:
+        """The columns that the layer attends to, and those of them that are this call's."""
+        queries = self._remember(("queries", past), lambda: self._queries(past, device))
+        if store is None:
+            return queries, queries
+        old = store.columns
+        if old is None:
+            held = store.stored()
+            old = self._remember(("old", past, held), lambda: self._before(past, held, device))
+        store.extend(old, queries, past + self.length)
+        return store.columns, queries
+
+    def _queries(self, past: int, device: torch.device) -> Columns:
+        if self.rows is not None:
+            index, valid, full = self.rows.index, self.rows.valid, self.rows.full
+            if self.prompt.real is not None:
+                valid = valid & (self.prompt.real | self.prompt.visual).gather(1, index)
+            return Columns(index + past, valid, full and not self.prompt.padded)
+        positions = torch.arange(past, past + self.length, device=device).expand(self.batch, -1)
+        real = None
+        if self.length > 1:
+            real = real_tokens(self.mask, past, past + self.length, past + self.length)
+        valid = torch.ones_like(positions, dtype=torch.bool) if real is None else real
+        return Columns(positions, valid, real is None)
+
+    def _before(self, past: int, held: int, device: torch.device) -> Columns:
+        """The columns of a layer that has dropped nothing so far: its last `held` tokens."""
+        positions = torch.arange(past - held, past, device=device).expand(self.batch, -1)
+        real = real_tokens(self.mask, past - held, past, past + self.length)
+        valid = torch.ones_like(positions, dtype=torch.bool) if real is None else real
+        return Columns(positions, valid, real is None)
+
+    def _mask(
+        self,
+        mask: Tensor | None,
+        queries: Columns,
+        keys: Columns,
+        past: int,
+        store: Any,
+        hidden: Tensor,
+    ) -> Tensor | None:
+        attention = self.decoder.config._attn_implementation
+        capacity = getattr(store, "max_cache_len", None)
+        return self._remember(
+            ("mask", id(mask), id(queries), id(keys)),
+            lambda: layer_mask(
+                mask,
+                queries,
+                keys,
+                start=past,
+                length=past + self.length,
+                past=len(keys) - len(queries),
+                capacity=capacity,
+                flash="flash" in attention,
+                dtype=hidden.dtype,
+                eager=attention == "eager",
+            ),
+            mask,
+            queries,
+            keys,
+        )
+
+    def _embeddings(
+        self, tables: tuple[Tensor, Tensor], columns: Columns, hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotary tables of the tokens that are left: their own, or those of 0..len-1 anew."""
+        if self.plan.positions == "renumber":
+            self._placed = self._remember(
+                ("renumbered", id(columns)), lambda: self._renumbered(columns, hidden), columns
+            )
+            return self._placed
+        return tables if self.rows is None else self._taken(tables)
+
+    def _renumbered(self, columns: Columns, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        places = (columns.valid.cumsum(1) - 1).clamp(min=0)
+        return self.decoder.rotary_emb(hidden, places[:, -hidden.shape[1] :])
+
+    def _taken(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        index = self.rows.index
+        return self._remember(
+            ("tables", id(tables[0])),
+            lambda: (_take(tables[0], index), _take(tables[1], index)),
+            tables,
+        )
+
+    def _remember(self, key: tuple, make: Callable[[], Any], *alive: object) -> Any:
+        """`make()` once per stage; `alive` keeps what the key names by id from being freed."""
+        if key not in self._once:
+            self._once[key] = (make(), alive)
+        return self._once[key][0]
+
+
+def _take(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a rotary table, [B or 1, q, D] or [3, B or 1, q, D], for index [B, L]."""
+    table = table.expand(*table.shape[:-3], index.shape[0], -1, -1)
+    index = index.view(*[1] * (table.dim() - 3), *index.shape, 1)
+    return table.gather(-2, index.expand(*table.shape[:-2], -1, table.shape[-1]))

@@ -1,0 +1,118 @@
+"""Which models can be patched, and where their parts are. What is not in the table is refused."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+_PIXELS = {
+    "pixel_values": "image_token_id",
+    "pixel_values_videos": "video_token_id",
+}
+_IMAGES = {"pixel_values": "image_token_id", "image_hidden_states": "image_token_id"}
+
+
+class UnsupportedModel(ValueError):
+    """A model that cannot be patched; the message says why."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What hooks need to know about a kind of model."""
+
+    name: str
+    text: tuple[str, ...]  # model types of the language model that were tested
+    decoder: str = "language_model"
+    visual: Mapping[str, str] = field(default_factory=lambda: _PIXELS)  # input -> its placeholder
+    multi_axis: bool = False  # rotary positions of time, height and width
+
+
+_LLAVA_TEXT = ("qwen2", "qwen3", "llama", "mistral")
+FAMILIES = {
+    "qwen2_vl": Family("Qwen2-VL", ("qwen2_vl_text",), multi_axis=True),
+    "qwen2_5_vl": Family("Qwen2.5-VL", ("qwen2_5_vl_text",), multi_axis=True),
+    "qwen3_vl": Family("Qwen3-VL", ("qwen3_vl_text",), multi_axis=True),
+    "llava_onevision": Family("LLaVA-OneVision", _LLAVA_TEXT),
+    "llava_next_video": Family("LLaVA-NeXT-Video", _LLAVA_TEXT),
+    "internvl": Family("InternVL3", _LLAVA_TEXT, visual=_IMAGES),
+    "video_llama_3": Family("VideoLLaMA3", ("qwen2",)),
+    "smolvlm": Family("SmolVLM2", ("llama",), decoder="text_model", visual=_IMAGES),
+    "glm4v": Family(
+        "GLM-4V",
+        ("glm4v_text",),
+        visual={"pixel_values": "image_token_id", "pixel_values_videos": "image_token_id"},
+        multi_axis=True,
+    ),
+    "gemma3": Family("Gemma 3", ("gemma3_text",), visual=_IMAGES),
+}
+_KNOWN_REASONS = {
+    "gemma4": "its layers share keys and take per-layer embeddings, which dropping does not follow",
+    "qwen3_5": "its linear-attention layers carry a state, which dropping does not follow",
+}
+_LAYER_KINDS = {"full_attention", "sliding_attention"}
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model taken apart, as far as the hooks need it."""
+
+    family: Family
+    inner: nn.Module  # has the placeholders: input_ids and pixels come in here
+    decoder: nn.Module  # has the layers
+
+
+def take_apart(model: nn.Module) -> Parts:
+    """The parts of a model; raises `UnsupportedModel` with the reason when it cannot be patched."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in FAMILIES:
+        reason = _KNOWN_REASONS.get(kind, f"the supported model types are {', '.join(FAMILIES)}")
+        raise UnsupportedModel(f"model: cannot patch {type(model).__name__} ({kind}): {reason}")
+    family = FAMILIES[kind]
+    inner = model if hasattr(model, family.decoder) else getattr(model, "model", None)
+    decoder = getattr(inner, family.decoder, None)
+    layers = getattr(decoder, "layers", None)
+    reason = "it has no language model with layers" if layers is None else _why_not(family, decoder)
+    if reason is not None:
+        raise UnsupportedModel(f"model: cannot patch {type(model).__name__}: {reason}")
+    return Parts(family, inner, decoder)
+
+
+def _why_not(family: Family, decoder: nn.Module) -> str | None:
+    config = decoder.config
+    if config.model_type not in family.text:
+        known = ", ".join(family.text)
+        return f"its language model must be one of {known}, got {config.model_type}"
+    kinds = set(layer_kinds(decoder))
+    if not kinds <= _LAYER_KINDS:
+        return f"it has layers of kind {', '.join(sorted(kinds - _LAYER_KINDS))}"
+    for index, layer in enumerate(decoder.layers):
+        for part in ("self_attn", "input_layernorm"):
+            if not hasattr(layer, part):
+                return f"its layer {index} ({type(layer).__name__}) has no {part}"
+    return why_not_attention(decoder)
+
+
+def why_not_attention(decoder: nn.Module) -> str | None:
+    """Why the attention implementation set now cannot be used; it may change after patching."""
+    attention = decoder.config._attn_implementation
+    if attention not in _ATTENTION:
+        return f"attn_implementation must be one of {', '.join(_ATTENTION)}, got {attention!r}"
+    if "flash" in attention and "sliding_attention" in layer_kinds(decoder):
+        return f"{attention} counts sliding windows in stored tokens; use sdpa for this model"
+    return None
+
+
+def why_not_renumber(parts: Parts) -> str | None:
+    """Why kept tokens cannot be given new positions."""
+    if parts.family.multi_axis:
+        return f"{parts.family.name} has rotary positions of time, height and width"
+    if "sliding_attention" in layer_kinds(parts.decoder):
+        return "this model has sliding windows, which count original positions"
+    return None
+
+
+def layer_kinds(decoder: nn.Module) -> list[str]:
+    """What each layer attends to: everything, or a sliding window."""
+    kinds = getattr(decoder.config, "layer_types", None)
+    return list(kinds) if kinds else ["full_attention"] * len(decoder.layers)

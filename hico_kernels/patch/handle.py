@@ -1,0 +1,235 @@
+"""Dropping visual tokens inside someone else's model, by hooks on this one instance."""
+
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from hico_kernels.patch.call import Call
+from hico_kernels.patch.clock import Clock
+from hico_kernels.patch.columns import check_cache
+from hico_kernels.patch.deepstack import with_deepstack
+from hico_kernels.patch.families import (
+    Parts,
+    UnsupportedModel,
+    take_apart,
+    why_not_attention,
+    why_not_renumber,
+)
+from hico_kernels.patch.masks import real_tokens
+from hico_kernels.patch.places import places
+from hico_kernels.patch.plan import DropPlan
+from hico_kernels.patch.report import Report
+from hico_kernels.patch.rows import Prompt
+
+
+def patch(model: nn.Module, plan: DropPlan) -> "Handle":
+    """Let `model` drop visual tokens by `plan` from now on, until `Handle.remove`.
+
+    model: a transformers video model (`supports` says which). Raises `UnsupportedModel` with the
+    reason for any other, and for one that is patched already; `ValueError` for a plan that does not
+    fit. Nothing but this instance is touched, no copy of its weights is made.
+    """
+    return Handle(model, take_apart(model), plan)
+
+
+@contextmanager
+def compress(model: nn.Module, plan: DropPlan) -> Iterator["Handle"]:
+    """`patch` for the time of a with block."""
+    handle = patch(model, plan)
+    try:
+        yield handle
+    finally:
+        handle.remove()
+
+
+class Handle:
+    """A patched model. Made by `patch`."""
+
+    def __init__(self, model: nn.Module, parts: Parts, plan: DropPlan) -> None:
+        hooks = parts.decoder._forward_pre_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), Handle) for hook in hooks):
+            raise UnsupportedModel(
+                f"model: this {type(model).__name__} is patched already; "
+                "remove() the other patch, or set_plan() on its handle"
+            )
+        self.model, self.parts = model, parts
+        self._check(plan)
+        self._local = threading.local()  # calls of two threads do not mix
+        self._last: Call | None = None  # the last call with visual tokens, for the report
+        self._hooks = self._hook()
+        self._undo = with_deepstack(parts.decoder, lambda: self._call)
+        self._saved = getattr(model.config, "hico", None)
+        self._set(plan)
+
+    def set_plan(self, plan: DropPlan) -> None:
+        """Drop by another plan from the next call on. Caches filled so far stay usable."""
+        self._check(plan)
+        self._set(plan)
+
+    def report(self) -> Report:
+        """What the last prompt with visual tokens cost; print it, or take `.as_dict()`."""
+        return Report.of(self.plan, self.parts.decoder, self._last)
+
+    def remove(self) -> None:
+        """Take every hook off again: the model is as it was, bit for bit."""
+        for hook in self._hooks:
+            hook.remove()
+        self._undo()
+        self._hooks, self._undo = [], lambda: None
+        if getattr(self.model.config, "hico", None) is not self._saved:
+            if self._saved is None:
+                del self.model.config.hico
+            else:
+                self.model.config.hico = self._saved
+
+    def __deepcopy__(self, memo: dict) -> NoReturn:
+        self._refuse("copied")
+
+    def __reduce_ex__(self, protocol: int) -> NoReturn:
+        self._refuse("pickled")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise TypeError(
+            f"a model patched by hico_kernels cannot be {what}: remove() first and patch the copy; "
+            "the plan is in model.config.hico (DropPlan.from_json)"
+        )
+
+    def announce(self, visual: Tensor) -> None:
+        """Say which tokens are visual, [B, q] bool, before calling the language model itself.
+
+        Only for code that makes `inputs_embeds` of its own; the model's own forward finds them.
+        """
+        self._local.visual = visual
+
+    @property
+    def kept(self) -> dict[int, list[Tensor]]:
+        """The last prompt's tokens that each drop left: layer -> ascending positions per row."""
+        left = {} if self._last is None else self._last.kept
+        return {
+            layer: [own[ok] for own, ok in zip(rows.index, rows.valid, strict=True)]
+            for layer, rows in left.items()
+        }
+
+    @property
+    def _call(self) -> Call | None:
+        return getattr(self._local, "call", None)
+
+    def _check(self, plan: DropPlan) -> None:
+        if not isinstance(plan, DropPlan):
+            raise TypeError(f"plan must be a DropPlan, got {type(plan).__name__}")
+        plan.check_layers(len(self.parts.decoder.layers))
+        reason = why_not_renumber(self.parts)
+        if plan.positions == "renumber" and reason is not None:
+            raise ValueError(f"plan: positions must be 'keep', got 'renumber': {reason}")
+
+    def _set(self, plan: DropPlan) -> None:
+        self.plan = plan
+        self.model.config.hico = plan.to_json()
+
+    def _hook(self) -> list[torch.utils.hooks.RemovableHandle]:
+        inner, decoder = self.parts.inner, self.parts.decoder
+        hooks = [
+            inner.register_forward_pre_hook(self._before_inner, with_kwargs=True),
+            inner.register_forward_hook(self._after_inner, always_call=True),
+            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(self._after_decoder, always_call=True),
+        ]
+        if self.model is not inner:
+            hooks.append(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        for index, layer in enumerate(decoder.layers):
+            before = _BeforeLayer(self, index)
+            hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        return hooks
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = _named(module, args, kwargs)
+        self._local.labels = given.get("labels") is not None
+        self._local.answers = given.get("logits_to_keep")
+
+    def _before_inner(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = _named(module, args, kwargs)
+        self._local.visual = places(self.parts, given)
+        self._local.padding = given.get("attention_mask")
+
+    def _after_inner(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._local.visual = self._local.padding = None
+        self._local.labels = self._local.answers = None
+
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = _named(module, args, kwargs)
+        local, self._local.call = self._local, None
+        visual, local.visual = getattr(local, "visual", None), None
+        entering = given.get("inputs_embeds")
+        entering = given.get("input_ids") if entering is None else entering
+        batch, length = entering.shape[:2]
+        mask = self._padding(given.get("attention_mask"))
+        prompt = None
+        if visual is not None:
+            visual = visual.to(entering.device)
+            total = mask.shape[-1] if mask is not None and mask.dim() == 2 else None
+            past = self._past(given.get("past_key_values"), length, total)
+            real = real_tokens(mask, past, past + length, past + length)
+            answers = getattr(local, "answers", None)
+            prompt = Prompt.count(visual, real, answers if isinstance(answers, int) else 1)
+        call = Call(self.plan, module, batch, length, mask, prompt, Clock())
+        if call.drops:
+            self._check_call(given)
+        if prompt is not None:
+            self._last = call
+        local.call = call
+
+    def _padding(self, mask: Any) -> Tensor | None:
+        """The mask that tells padding: 2D where the model was given one."""
+        outer = getattr(self._local, "padding", None)
+        if torch.is_tensor(outer) and outer.dim() == 2:
+            return outer
+        return mask.get("full_attention") if isinstance(mask, dict) else mask
+
+    @staticmethod
+    def _past(cache: Any, length: int, total: int | None) -> int:
+        if total is not None:
+            return total - length
+        return 0 if cache is None else int(cache.get_seq_length())
+
+    def _check_call(self, given: dict[str, Any]) -> None:
+        """What cannot be right once tokens are missing."""
+        decoder = self.parts.decoder
+        reason = why_not_attention(decoder)
+        if reason is not None:
+            raise UnsupportedModel(f"model: {reason}")
+        if getattr(self._local, "labels", False):
+            raise ValueError(
+                "labels: the logits of a patched model are shorter than the labels; "
+                "take the loss of the last logits yourself, or keep=1.0"
+            )
+        if torch.is_tensor(getattr(self._local, "answers", None)):
+            raise ValueError("logits_to_keep must be an int when tokens are dropped, got a tensor")
+        if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+            raise ValueError("model: gradient checkpointing with dropped tokens is not supported")
+        if given.get("past_key_values") is not None:
+            check_cache(given["past_key_values"])
+
+    def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._local.call = None
+
+
+class _BeforeLayer:
+    """The hook of one layer."""
+
+    def __init__(self, handle: Handle, index: int) -> None:
+        self.handle, self.index = handle, index
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        call = self.handle._call
+        return None if call is None else call.before_layer(self.index, layer, args, kwargs)
+
+
+def _named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if not args:
+        return kwargs
+    return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}

@@ -1,0 +1,58 @@
+"""The examples of docs/patching.md run as printed, on tiny random models of their families."""
+
+import re
+from pathlib import Path
+
+import patch_models as tiny
+import pytest
+import transformers
+
+from hico_kernels.patch.families import FAMILIES
+
+TEXT = (Path(__file__).parents[1] / "docs" / "patching.md").read_text()
+SECTIONS = dict(re.findall(r"^### ([^\n]+)\n(.*?)(?=^##)", TEXT, re.DOTALL | re.MULTILINE))
+
+
+def code(text):
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+
+
+class Inputs(dict):
+    """What a processor returns."""
+
+    def to(self, device):
+        return self
+
+
+class Processor:
+    """Makes the same random prompt of any messages."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def apply_chat_template(self, messages, **settings):
+        assert [part["type"] for part in messages[0]["content"]][-1] == "text"
+        return Inputs(tiny.prompt(self.name))
+
+
+def test_every_family_has_an_example():
+    assert set(SECTIONS) == {family.name for family in FAMILIES.values()}
+
+
+def test_the_first_example_runs(capsys):
+    exec(compile(code(TEXT), "patching.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert re.search(r"^0 +44 +32\n1-2 +36 +24\n3 +20 +8$", out, re.MULTILINE)
+    assert "'supported': True" in out
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_example_of_a_family_runs(kind, monkeypatch, capsys):
+    model = tiny.fresh(kind)
+    for auto, made in (
+        (transformers.AutoModelForImageTextToText, model),
+        (transformers.AutoProcessor, Processor(kind)),
+    ):
+        monkeypatch.setattr(auto, "from_pretrained", lambda *args, made=made, **kwargs: made)
+    exec(compile(code(SECTIONS[FAMILIES[kind].name]), "patching.md", "exec"), {})
+    assert "KV cache" in capsys.readouterr().out
