@@ -58,11 +58,11 @@ def test_uniform_indices(measure, device, threads, benchmark, video, impl):
         "linspace": lambda: torch.linspace(0, n - 1, 3 * n // 4, dtype=torch.long).to(device),
     }[impl]
     assert torch.equal(run(), torch.linspace(0, n - 1, 3 * n // 4, dtype=torch.long).to(device))
-    measure(run, dtype=torch.float32, bytes_=8 * (3 * n // 4))
+    measure(run, dtype=torch.float32)  # the output stays in a cache: no floor by memory
 
 
 @pytest.mark.parametrize("impl", ["hico", "index_select", "index_select_out"])
-@pytest.mark.parametrize("video", ["qwen2_256frames"])
+@pytest.mark.parametrize("video", ["qwen2_1000frames"])  # more than fits into a cache
 def test_gather_tokens(measure, device, threads, benchmark, video, impl):
     s = LLMS[video]
     benchmark.group = f"gather_tokens-{video}-half-bf16-threads{threads}"

@@ -7,9 +7,11 @@
 // row, by the products for many.
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "common/tensor.h"
+#include "cpu/pages.h"
 #include "cpu/path.h"
 #include "cpu/score_kernels.h"
 
@@ -26,7 +28,8 @@ const ScoreKernels& score_kernels() {
 
 namespace {
 
-constexpr int64_t kRows = 64;  // rows of a group whose weights are kept at once
+constexpr int64_t kKept = 1 << 23;  // floats of weights that a thread keeps from call to call
+constexpr int64_t kRows = 64;       // rows of a group whose weights are kept at once
 
 struct Scratch {
   std::vector<float> queries, weights, top, sum, lse, factor;
@@ -34,13 +37,18 @@ struct Scratch {
 
 // Adds the weights of some query rows of one sequence to its scores.
 void add_scores(const void* queries, const char* k, int64_t keys, const ScoreShape& shape,
-                bool bf16, float mean, Scratch& scratch, float* scores) {
+                bool bf16, float mean, const Tensor& like, Scratch& scratch, float* scores) {
   const ScoreKernels& kernels = score_kernels();
   const auto weigh = bf16 ? kernels.weigh_bf16 : kernels.weigh_f32;
   const int64_t rows = shape.groups * shape.rows, blocks = (keys + kScoreKeys - 1) / kScoreKeys;
   const int64_t line = shape.groups * shape.width * (bf16 ? 2 : 4);
-  auto& [unused, weights, top, sum, lse, factor] = scratch;
-  weights.resize(blocks * rows * kScoreKeys);
+  auto& [unused, kept, top, sum, lse, factor] = scratch;
+  const int64_t room = blocks * rows * kScoreKeys;
+  std::optional<Tensor> large;  // a long video's weights are not kept after the call
+  if (room > kKept)
+    large = on_huge_pages(torch::stable::new_empty(like, {room}, ScalarType::Float));
+  if (!large) kept.resize(room);
+  float* const weights = large ? mutable_data<float>(*large) : kept.data();
   top.resize(blocks * rows);
   sum.resize(blocks * rows);
   lse.resize(rows);
@@ -51,7 +59,7 @@ void add_scores(const void* queries, const char* k, int64_t keys, const ScoreSha
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * kScoreKeys;
       weigh(queries, k + first * line, std::min<int64_t>(kScoreKeys, keys - first), shape,
-            panel.data(), weights.data() + b * rows * kScoreKeys, top.data() + b * rows,
+            panel.data(), weights + b * rows * kScoreKeys, top.data() + b * rows,
             sum.data() + b * rows);
     }
   });
@@ -74,7 +82,7 @@ void add_scores(const void* queries, const char* k, int64_t keys, const ScoreSha
       alignas(64) float block[kScoreKeys] = {};
       const int64_t first = b * kScoreKeys, count = std::min<int64_t>(kScoreKeys, keys - first);
       std::copy_n(scores + first, count, block);
-      kernels.add_rows(weights.data() + b * rows * kScoreKeys, share, rows, block);
+      kernels.add_rows(weights + b * rows * kScoreKeys, share, rows, block);
       std::copy_n(block, count, scores + first);
     }
   });
@@ -135,12 +143,9 @@ Tensor text_guided_scores_cpu(const Tensor& q_in, const Tensor& k_in, const Tens
           }
         }
         add_scores(scratch.queries.data(), rows_of_k + first * groups * width * bytes, length,
-                   shape, bf16, 1.0f / static_cast<float>(count * heads), scratch, to + first);
+                   shape, bf16, 1.0f / static_cast<float>(count * heads), k, scratch, to + first);
       }
     }
-    constexpr size_t kWorthKeeping = size_t{1}
-                                     << 24;  // 64 MiB: a long video's weights are given back
-    if (scratch.weights.capacity() > kWorthKeeping) std::vector<float>().swap(scratch.weights);
   };
   const int64_t sequences = static_cast<int64_t>(keys.size()) - 1;
   if (sequences >= 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {
