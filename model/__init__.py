@@ -1,6 +1,11 @@
 """A thin VideoChat-Flash on top of `hico_kernels`: ask a question about a video."""
 
+import warnings
 from typing import TYPE_CHECKING, Any
+
+with warnings.catch_warnings():  # torch says on two lines that numpy is missing; `hico` on one
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch  # noqa: F401
 
 from hico_kernels import DropPlan, TextTopK, Uniform
 from hico_model.config import Config, presets

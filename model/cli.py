@@ -1,4 +1,8 @@
-"""The command `hico`: a demo on a shipped video, a question about one's own, the cost tables."""
+"""The command `hico`: a demo on a shipped video, a question about one's own, the cost tables.
+
+What the extras bring (numpy, pillow, transformers, ...) is imported inside the commands: --help
+works without, and the commands can say what is missing.
+"""
 
 import argparse
 import os
@@ -7,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hico_kernels import DropPlan, TextTopK, Uniform
+from hico_kernels import DropPlan
 from hico_kernels.flops import CONVENTIONS
-from hico_model import page, presets, report
-from hico_model.errors import UserError
+from hico_model import arguments, presets
+from hico_model.config import SAMPLINGS
+from hico_model.errors import UserError, shown
 
 if TYPE_CHECKING:
     from hico_model import VideoChatFlash
@@ -24,20 +29,46 @@ DEMO_CREDIT = (
     "CC BY 3.0; scaled down, without sound"
 )
 FORMATS = ("text", "md", "csv", "json")  # of `hico tables`
-RULES = {"uniform": Uniform, "text": TextTopK}
-DROP_EXAMPLE = "4:uniform:0.75,18:text:0.25"
+INTERRUPTED, BROKEN_PIPE = 128 + 2, 128 + 13  # as a shell numbers the ends by these signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `hico` with `argv` (None: those of the process). Gives the exit code: 2 for bad input."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" for some signs
+    _ready_streams()
     try:
-        args = _parser().parse_args(argv)
-        args.run(args)
+        try:
+            args = _parser().parse_args(argv)
+            args.run(args)
+        finally:
+            sys.stdout.flush()  # here, where an error is caught
     except UserError as e:
-        print(f"hico: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+        return _refuse(str(e))
+    except ModuleNotFoundError as e:
+        missing = (e.name or str(e)).partition(".")[0]
+        if missing.startswith("hico_"):
+            raise
+        return _refuse(f'{missing} is missing: pip install ".[model,video]" in the repository')
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        if isinstance(e, BrokenPipeError):  # whoever read has gone, as `head` does
+            return BROKEN_PIPE
+        return _refuse(str(e))
     return 0
+
+
+def _ready_streams() -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as `hico ... >&-` does
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" for signs
+
+
+def _refuse(message: str) -> int:
+    print(f"hico: {shown(' '.join(message.split()))}", file=sys.stderr)
+    return 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,12 +93,20 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument(
         "--preset", metavar="NAME", help=f"one of {', '.join(presets)} (default: nano)"
     )
+    ask.add_argument("--device", metavar="NAME", help="as cpu or cuda:1 (default: a GPU, or cpu)")
     ask.add_argument("--frames", metavar="N", type=int, help="look at no more than N frames")
+    ask.add_argument(
+        "--sampling",
+        choices=SAMPLINGS,
+        default=SAMPLINGS[0],
+        help="how many frames: 1 a second as released, as in the paper, or 15 a second "
+        "(default: %(default)s)",
+    )
     ask.add_argument(
         "--drop",
         metavar="PLAN",
         help="LAYER:RULE:KEEP,... with RULE uniform or text and KEEP the share of the visual "
-        f"tokens that stays, or none (default: the model's own, as {DROP_EXAMPLE})",
+        f"tokens that stays, or none (default: the model's own, as {arguments.DROP_EXAMPLE})",
     )
     ask.add_argument("--html", metavar="FILE", help="also write a page that shows what happened")
     ask.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="default: 64")
@@ -84,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(args: argparse.Namespace) -> None:
     print(f"hico demo: 60 s of {DEMO_VIDEO.name} through nano, a small model ...", flush=True)
+    arguments.check_output(DEMO_PAGE, str(DEMO_VIDEO))
     from hico_model import VideoChatFlash  # seconds, so the line above comes first
 
     model = VideoChatFlash(presets["nano"])
@@ -104,65 +144,42 @@ def _ask(args: argparse.Namespace) -> None:
         raise UserError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     if args.preset is not None and args.preset not in presets:
         raise UserError(f"no preset {args.preset!r}: choose one of {', '.join(presets)}")
-    if args.html and not Path(args.html).absolute().parent.is_dir():
-        raise UserError(f"--html: {Path(args.html).parent} is no folder: create it first")
-    plan = None if args.drop is None else parse_drop(args.drop)
-    print(f"hico ask: {args.video} ...", flush=True)
-    from hico_model.model import VideoChatFlash, read_config
+    video = arguments.path(args.video, "VIDEO")
+    folder = None if args.model is None else arguments.path(args.model, "--model")
+    html = None if args.html is None else arguments.path(args.html, "--html")
+    if html is not None:
+        arguments.check_output(html, video)
+    plan = None if args.drop is None else arguments.parse_drop(args.drop)
+    device = arguments.find_device(args.device)
+    print(f"hico ask: {shown(video)} ...", flush=True)
+    from hico_model.prompt import check_question
     from hico_model.video import probe
 
-    probe(args.video)  # before the weights: these may take minutes
-    if args.preset or not args.model:
+    check_question(args.question)
+    probe(video)  # before the weights: these may take minutes
+    from hico_model.model import VideoChatFlash, read_config
+
+    if args.preset or folder is None:
         config = presets[args.preset or "nano"]
     else:
-        config = read_config(args.model)
+        config = read_config(folder)
     if plan is not None:
-        try:
-            plan.check_layers(config.num_layers)
-        except ValueError as e:
-            raise UserError(_drop_message(e)) from e
-    if args.model:
-        model = VideoChatFlash.from_pretrained(args.model, config)
+        arguments.check_layers(plan, config)
+    if folder is None:
+        arguments.check_memory(config, device)
+        model = VideoChatFlash(config, device=device)
     else:
-        model = VideoChatFlash(config)
+        model = VideoChatFlash.from_pretrained(folder, config, device=device)
     _answer(
         model,
-        args.video,
+        video,
         args.question,
         plan=plan,
         frames=args.frames,
-        html=args.html,
+        sampling=args.sampling,
+        html=html,
         max_new_tokens=args.max_new_tokens,
     )
-
-
-def parse_drop(text: str) -> DropPlan:
-    """The plan that --drop says. Raises UserError with what is wrong with it."""
-    drops = {}
-    for part in text.split(",") if text != "none" else ():
-        fields = part.split(":")
-        try:
-            layer, rule, keep = int(fields[0]), RULES[fields[1]], float(fields[2])
-        except (ValueError, KeyError, IndexError):
-            fields = []
-        if len(fields) != 3:
-            raise UserError(
-                f"--drop: {part!r} is not LAYER:RULE:KEEP with RULE uniform or text, "
-                f"as in {DROP_EXAMPLE}"
-            )
-        if not 0 < keep <= 1:
-            raise UserError(f"--drop: {part!r} must keep a share above 0 and up to 1, got {keep:g}")
-        if layer in drops:
-            raise UserError(f"--drop: layer {layer} is there twice, name every layer once")
-        drops[layer] = rule(keep=keep)
-    try:
-        return DropPlan(drops, positions="renumber")
-    except ValueError as e:
-        raise UserError(_drop_message(e)) from e
-
-
-def _drop_message(e: ValueError) -> str:
-    return f"--drop: {str(e).removeprefix('drops: ')}"
 
 
 def _tables(args: argparse.Namespace) -> None:
@@ -181,16 +198,23 @@ def _answer(
     *,
     plan: DropPlan | None = None,
     frames: int | None = None,
+    sampling: str = SAMPLINGS[0],
     html: str | None = None,
     max_new_tokens: int,
     credit: str = "",
 ) -> None:
     """Answer, print the report and write the page."""
-    from hico_model import answer
+    from hico_model import answer, page, report
 
     plan = model.config.plan if plan is None else plan
     result = answer(
-        video, question, model, max_frames=frames, plan=plan, max_new_tokens=max_new_tokens
+        video,
+        question,
+        model,
+        max_frames=frames,
+        sampling=sampling,
+        plan=plan,
+        max_new_tokens=max_new_tokens,
     )
     run = report.Run(
         answer=result,
@@ -199,15 +223,15 @@ def _answer(
         config=model.config,
         plan=plan,
         weights=model.weights,
-        trained=not model.weights.startswith("random weights"),
+        trained=model.trained,
         value_bytes=model.dtype.itemsize,
         credit=credit,
     )
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    print(f"\n{report.text(run, colour=colour)}")
-    if html:
+    print(f"\n{shown(report.text(run, colour=colour))}")
+    if html is not None:
         try:
             size = Path(html).write_text(page.render(run), encoding="utf-8")
         except OSError as e:
             raise UserError(f"{html} cannot be written: {e.strerror}") from e
-        print(f"\nwrote {html} ({size / 1e6:.1f} MB): open it in a browser")
+        print(f"\nwrote {shown(html)} ({size / 1e6:.1f} MB): open it in a browser")

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from hico_kernels.flops import Decoder, VisionEncoder
 from hico_kernels.patch.plan import DropPlan, TextTopK, Uniform
 
+# Rules of `sampling.frame_indices`; the first is what VideoChat-Flash runs.
+SAMPLINGS = ("dynamic_fps1", "paper", "dense")
+
 
 def _paper_plan() -> DropPlan:
     return DropPlan({4: Uniform(keep=0.75), 18: TextTopK(keep=0.25)}, positions="renumber")
@@ -77,6 +80,14 @@ class Config:
             frames=self.frames_per_clip,
             merge_heads=self.merge_heads,
         )
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all weights, but for the biases and norms of encoder and projector."""
+        width, vision = self.vision_width, self.vision
+        blocks = vision.layers * (4 * width**2 + 2 * width * vision.mlp_width)
+        projector = width * self.hidden_size + self.hidden_size**2
+        return self.decoder.parameters + blocks + vision.patch_values * width + projector
 
 
 presets = {

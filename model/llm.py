@@ -59,8 +59,8 @@ class LanguageModel(qwen2.Qwen2Weights):
 
         room: how many new tokens the cache shall have place for.  watch: is told of every stretch
         of layers and every drop. Raises ValueError when the plan names a layer that the model lacks
-        or a prompt does not end in text. Never waits for the device: all lengths follow from those
-        of the prompts.
+        or a prompt does not end in text. Never waits for the device, apart from what reference
+        implementations read: all lengths follow from those of the prompts.
         """
         plan.check_layers(self.config.num_layers)
         hidden, rows = self._pack(prompts)

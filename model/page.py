@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from hico_model import report
+from hico_model.errors import shown
 from hico_model.report import TIMES, Run
 from hico_model.trace import Trace
 
@@ -26,7 +28,9 @@ def render(run: Run) -> str:
     template = Path(__file__).with_name("data").joinpath("page.html").read_text(encoding="utf-8")
     title = html.escape(f"hico: {run.question}")
     # "<" as an escape: no text in the data can end the block
-    return template.replace("%TITLE%", title).replace("%DATA%", blob.replace("<", "\\u003c"))
+    parts = {"%TITLE%": title, "%DATA%": blob.replace("<", "\\u003c")}
+    # In one pass, so that a question which contains %DATA% stays a question.
+    return shown(re.sub("|".join(parts), lambda found: parts[found[0]], template))
 
 
 def survived(trace: Trace) -> Tensor:
@@ -163,7 +167,7 @@ def _clips(run: Run) -> list[dict]:
                 "times": [round(t, 2) for t in trace.times[i * length : (i + 1) * length]],
                 "images": [_jpeg(f) for f in frames],
                 "assignment": _base64(assignment.numpy().astype("<u2").tobytes()),
-                "level": "".join(map(str, level[i].tolist())),
+                "level": level[i].tolist(),
                 "colors": _base64(
                     _mean_colors(frames, assignment, trace.sizes[i].cpu(), config.patch_size)
                 ),

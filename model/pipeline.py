@@ -9,10 +9,11 @@ from tqdm import tqdm
 
 from hico_kernels import DropPlan, merge_tokens
 from hico_model.clips import to_clips
+from hico_model.config import SAMPLINGS
 from hico_model.generate import generate
 from hico_model.llm import Prompt
 from hico_model.model import VideoChatFlash
-from hico_model.prompt import chat_prompt, time_message, tokenize
+from hico_model.prompt import chat_prompt, check_question, time_message, tokenize
 from hico_model.sampling import frame_indices
 from hico_model.trace import Answer, Recorder, Stage, Trace
 from hico_model.video import probe, read_frames
@@ -30,17 +31,19 @@ def answer(
     model: VideoChatFlash,
     *,
     max_frames: int | None = None,
+    sampling: str = SAMPLINGS[0],
     plan: DropPlan | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
+    repetition_penalty: float | None = None,
     seed: int = 0,
 ) -> Answer:
     """Answer a question about a video file.
 
-    max_frames: look at no more than that (None: the config's).  plan: where visual tokens are
-    dropped (None: the config's; `DropPlan({})` for nowhere).  The rest: as in `generate`.
+    max_frames: look at no more than that (None: the config's).  sampling: how many frames, a `rule`
+    of `frame_indices`.  plan: where visual tokens are dropped (None: the config's; `DropPlan({})`
+    for nowhere).  repetition_penalty: None takes the model's own.  The rest: as in `generate`.
 
     Unlike in VideoChat-Flash, a `max_frames` below the config's `min_frames` is obeyed. Raises
     UserError if the video cannot be read or an option is out of range, ValueError if the plan has
@@ -49,11 +52,15 @@ def answer(
     config, record = model.config, Recorder(model.device)
     plan = config.plan if plan is None else plan
     plan.check_layers(config.num_layers)
+    if repetition_penalty is None:
+        repetition_penalty = model.repetition_penalty
+    check_question(question)
 
     info = probe(video)
     most = config.max_frames if max_frames is None else max_frames
     least = min(config.min_frames, most // config.frames_per_clip * config.frames_per_clip)
-    indices = frame_indices(info.num_frames, info.fps, min_frames=least, max_frames=most)
+    limits = {"min_frames": least, "max_frames": most}
+    indices = frame_indices(info.num_frames, info.fps, rule=sampling, **limits)
     frames = read_frames(video, indices, size=config.image_size)
     record("frames", frames.shape, 0)
 

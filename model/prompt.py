@@ -6,7 +6,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from hico_model.errors import UserError
+from hico_model.errors import UserError, shown
 
 VIDEO = "<image>"  # the name of the placeholder in the training data, for videos too
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
@@ -41,6 +41,15 @@ def chat_prompt(question: str, message: str) -> str:
     checkpoints' tokenizers have another one, which the model was not trained with.
     """
     return _CHAT.replace("{content}", f"{VIDEO}\n{message} {question}")
+
+
+def check_question(question: str) -> None:
+    """Raises UserError unless `question` is text: a tokenizer takes nothing else."""
+    try:
+        question.encode()
+    except UnicodeEncodeError as e:
+        at = shown(question[: e.start + 1])
+        raise UserError(f"the question is not UTF-8 after {at[:-1]!r}: type it again") from e
 
 
 class Tokenizer:
@@ -78,7 +87,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint: its tokenizer.json, or what transformers makes of it."""
     file = Path(folder) / "tokenizer.json"
     if file.is_file():
-        return Tokenizer(tokenizers.Tokenizer.from_file(str(file)))
+        try:
+            found = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as e:  # tokenizers raises no narrower class
+            raise UserError(f"{file} is damaged: download it again") from e
+        return Tokenizer(found)
     from transformers import AutoTokenizer
 
     try:

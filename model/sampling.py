@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from hico_model.config import SAMPLINGS
 from hico_model.errors import UserError
 
 FRAMES_PER_CLIP = 4
@@ -12,7 +13,7 @@ def frame_indices(
     num_frames: int,
     fps: float,
     *,
-    rule: str = "dynamic_fps1",
+    rule: str = SAMPLINGS[0],
     min_frames: int = 64,
     max_frames: int = 512,
     local: int = 8,
@@ -53,7 +54,7 @@ def frame_indices(
     elif rule == "dense":
         count = min(high, _available(seconds * DENSE_FPS, num_frames))
     else:
-        raise UserError(f"rule must be dynamic_fps1, paper or dense, got {rule!r}")
+        raise UserError(f"the rule of sampling must be one of {', '.join(SAMPLINGS)}, got {rule!r}")
     return _spread(num_frames, count)
 
 

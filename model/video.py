@@ -89,6 +89,10 @@ def _stack(frames: list[np.ndarray], size: int | None) -> np.ndarray:
 
 
 def _open(path: PathLike) -> "_AvVideo | _DecordVideo":
+    if not os.fspath(path):
+        raise UserError("the path of the video is empty: give the path of a video file")
+    if "://" in os.fspath(path) and not os.path.exists(path):
+        raise UserError(f"{path}: URLs are not read: download it first")
     path = os.path.abspath(path)  # not "scheme:name" to FFmpeg
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist: check the path of the video")
@@ -107,7 +111,7 @@ def _open_cached(path: str, mtime: int, size: int) -> "_AvVideo | _DecordVideo":
             return reader(path)
         except ImportError:
             continue
-    raise UserError('no video decoder is installed: pip install "hico-kernels[video]"')
+    raise UserError("no video decoder is installed: pip install av")
 
 
 def _unreadable(path: str, why: object) -> UserError:

@@ -93,9 +93,9 @@ def _shards(folder: Path) -> dict[Path, dict[str, tuple[int, ...]]]:
     if index.is_file():
         try:
             names = json.loads(index.read_text())["weight_map"].values()
-        except (ValueError, KeyError) as e:
+            files = [folder / name for name in sorted(set(names))]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{index} is damaged: download it again") from e
-        files = [folder / name for name in sorted(set(names))]
     elif single.is_file():
         files = [single]
     else:

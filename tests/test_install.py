@@ -1,10 +1,12 @@
 """The package as installed: what it imports, what it ships, what it has promised to callers."""
 
 import importlib
+import os
 import re
 import statistics
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 
@@ -146,6 +148,27 @@ def test_every_package_folder_is_listed():
     }
     expected = {re.sub(r"^model\b", "hico_model", folder) for folder in folders}
     assert set(project()["tool"]["setuptools"]["packages"]) == expected
+
+
+def test_a_source_distribution_has_all_that_a_build_and_the_tests_need(tmp_path):
+    where = ["egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", *where, "--formats", "tar"],
+        cwd=ROOT,
+        env=os.environ | {"HICO_CUDA": "0"},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar"))) as archive:
+        shipped = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("csrc", "tests", "bench", "hico_kernels", "model")
+    files = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.is_file()]
+    expected = {str(f.relative_to(ROOT)) for f in files if f.suffix not in (".pyc", ".so")}
+    expected |= {"Makefile", "AGENTS.md", "README.md", "LICENSE", ".clang-format", "setup.py"}
+    assert not {name for name in expected if "bench/results/" not in name} - shipped
+    assert not any(name.endswith((".so", ".pyc")) for name in shipped)
 
 
 def test_the_version_is_said_once():

@@ -347,6 +347,16 @@ def test_logits_are_made_for_the_last_rows_only():
     assert seen.rows == len(batch)
 
 
+def test_scoring_asks_for_the_query_of_the_last_rows_only():
+    model, batch = make(), prompts()
+    rows = []
+    project = model.model.layers[5].self_attn.q_proj
+    hook = project.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    result = model.prefill(batch, DropPlan(PLANS["uniform-text"]))
+    hook.remove()
+    assert rows == [len(batch), sum(result.cache.prompt_lengths[5])]
+
+
 def test_nothing_waits_for_the_device():
     """Meta tensors have no values: whoever asks for one raises."""
     with torch.device("meta"):

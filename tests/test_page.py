@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hico_kernels.flops import rows_per_layer
 from hico_model import VideoChatFlash, answer, page, presets, report
 from hico_model.cli import DEMO_VIDEO
 
-QUESTION = 'Is <b>this</b> "it"?</script><script>alert(1)</script>'
+QUESTION = 'Is <b>this</b> "it"? %DATA% %TITLE%</script><script>alert(1)</script>'
 NEW_TOKENS = 2
 
 
@@ -29,7 +30,7 @@ def run() -> report.Run:
         config=model.config,
         plan=plan,
         weights=model.weights,
-        trained=False,
+        trained=model.trained,
         value_bytes=4,
         credit="a credit line",
     )
@@ -60,6 +61,7 @@ def test_text_from_outside_stays_text(html, data):
     assert html.count("<script") == 2
     assert "<b>this</b>" not in html
     assert data["question"] == QUESTION
+    assert html.count("%DATA%") == html.count("%TITLE%") == 2  # in the title and in the data
 
 
 def test_counts_are_those_of_the_trace(run, data):
@@ -87,9 +89,24 @@ def test_assignment_and_fate_round_trip(run, data):
         assert group.tolist() == trace.assignment[clip["index"]].tolist()
         first = clip["index"] * run.config.tokens_per_clip
         levels = [sum(first + t in k for k in kept) for t in range(run.config.tokens_per_clip)]
-        assert clip["level"] == "".join(map(str, levels))
+        assert clip["level"] == levels
         assert len(base64.b64decode(clip["colors"])) == 3 * run.config.tokens_per_clip
         assert len(clip["images"]) == len(clip["times"]) == run.config.frames_per_clip
+
+
+def test_a_token_may_come_through_ten_drops(run):
+    trace = run.answer.trace
+    kept = {layer: torch.tensor([0]) for layer in range(10)}
+    many = replace(run, answer=replace(run.answer, trace=replace(trace, kept=kept)))
+    level = page._clips(many)[0]["level"]
+    assert level == [10] + [0] * (run.config.tokens_per_clip - 1)
+
+
+def test_names_that_are_no_utf8_can_be_written(run):
+    named = page.render(replace(run, video="a\udcff.mp4", weights="/b\udcff"))
+    assert "a\ufffd.mp4" in named
+    assert "/b\ufffd" in named
+    named.encode()
 
 
 def test_colours_are_means_of_the_patches(run, data):

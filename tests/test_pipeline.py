@@ -17,7 +17,8 @@ from hico_model import DropPlan, TextTopK, Uniform, UserError, VideoChatFlash, a
 from hico_model import pipeline as pipeline_module
 from hico_model import trace as trace_module
 from hico_model.clips import to_clips
-from hico_model.model import read_config
+from hico_model.model import read_config, read_penalty
+from hico_model.prompt import nano_tokenizer
 from hico_model.video import probe, read_frames
 from hico_model.weights import official_state
 
@@ -135,6 +136,16 @@ def test_a_limit_of_frames_is_obeyed(model, max_frames, frames):
     assert f"and {frames} frames are" in trace.prompt
 
 
+@pytest.mark.parametrize(
+    ("sampling", "frames"), [("dynamic_fps1", 56), ("paper", 60), ("dense", 72)]
+)
+def test_the_rule_of_sampling_is_obeyed(model, monkeypatch, sampling, frames):
+    """60 s: a frame per second in groups of 8, in groups of 4, and 15 a second up to the limit."""
+    monkeypatch.setattr(model, "config", replace(TINY, min_frames=4))
+    few = {"max_frames": 72, "max_new_tokens": 1}
+    assert len(answer(VIDEO, QUESTION, model, sampling=sampling, **few).trace.times) == frames
+
+
 def test_a_plan_replaces_that_of_the_config(model):
     few = {"max_frames": 4, "max_new_tokens": 1}
     trace = answer(VIDEO, QUESTION, model, plan=DropPlan({}), **few).trace
@@ -156,7 +167,11 @@ def test_options_reach_the_generation(model, monkeypatch):
     drawn = tokens(max_new_tokens=8, temperature=2.0)
     assert drawn != greedy
     assert tokens(max_new_tokens=8, temperature=2.0, seed=1) != drawn
-    assert len(set(tokens(max_new_tokens=8, repetition_penalty=1e6))) == 8 > len(set(greedy))
+    weakened = tokens(max_new_tokens=8, repetition_penalty=1e6)
+    assert len(set(weakened)) == 8 > len(set(greedy))
+    monkeypatch.setattr(model, "repetition_penalty", 1e6)
+    assert tokens(max_new_tokens=8) == weakened
+    assert tokens(max_new_tokens=8, repetition_penalty=1.0) == greedy
     monkeypatch.setattr(model.tokenizer, "eos_ids", (greedy[0],))
     assert tokens(max_new_tokens=8) == []
 
@@ -166,6 +181,14 @@ def test_what_cannot_work_is_said_before_the_video_is_read(model, tmp_path):
         answer(tmp_path / "no.mp4", QUESTION, model)
     with pytest.raises(ValueError, match="layer 6 is out of range"):
         answer(tmp_path / "no.mp4", QUESTION, model, plan=DropPlan({6: Uniform(0.5)}))
+    with pytest.raises(UserError, match="URLs are not read"):
+        answer("https://example.org/a.mp4", QUESTION, model)
+    with pytest.raises(UserError, match="path of the video is empty"):
+        answer("", QUESTION, model)
+    with pytest.raises(UserError, match="not UTF-8 after 'a'"):
+        answer(tmp_path / "no.mp4", "a\udcff", model)
+    with pytest.raises(UserError, match="dynamic_fps1, paper, dense, got 'all'"):
+        answer(VIDEO, QUESTION, model, sampling="all")
     with pytest.raises(UserError, match="max_frames"):
         answer(VIDEO, QUESTION, model, max_frames=3)
 
@@ -216,6 +239,10 @@ def write_config(folder, config, tower):
     (folder / "config.json").write_text(json.dumps(sizes))
 
 
+def write_tokenizer(folder):
+    nano_tokenizer()._tokenizer.save(str(folder / "tokenizer.json"))
+
+
 def test_a_checkpoint_gives_the_answers_of_its_model(model, tmp_path):
     trained = VideoChatFlash(TINY, seed=7)
     trained.tokenizer._tokenizer.add_tokens(["rabbit"])  # which the tokenizer of `model` spells
@@ -224,6 +251,7 @@ def test_a_checkpoint_gives_the_answers_of_its_model(model, tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     loaded = VideoChatFlash.from_pretrained(tmp_path, TINY)
     assert loaded.weights == str(tmp_path)
+    assert loaded.trained > trained.trained
     assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
     few = {"max_frames": 4, "max_new_tokens": 3}
     want, got, other = (answer(VIDEO, QUESTION, m, **few).trace for m in (trained, loaded, model))
@@ -269,8 +297,80 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="vision tower 'internvideo2': only Qwen2 with umt-large"):
         VideoChatFlash.from_pretrained(tmp_path)
     write_config(tmp_path, presets["7b-448"], "umt-hd-large")
+    with pytest.raises(UserError, match="no tokenizer in"):
+        VideoChatFlash.from_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no weights in"):
         VideoChatFlash.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "3", "[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_config_that_is_no_object_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name} is damaged"):
+        (read_config if name == "config.json" else read_penalty)(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("mm_vision_tower", ["umt-large"], r"vision tower \['umt-large'\]"),
+        ("mm_vision_tower", None, "vision tower None"),
+        ("hidden_size", "3584", "hidden_size must be int above 0, got '3584'"),
+        ("hidden_size", 3584.0, "hidden_size must be int above 0"),
+        ("hidden_size", 3590, "28 heads must divide hidden_size 3590"),
+        ("hidden_size", 28 * 3, "into even parts"),
+        ("num_hidden_layers", 0, "num_hidden_layers must be int above 0, got 0"),
+        ("num_hidden_layers", True, "num_hidden_layers must be int above 0, got True"),
+        ("num_attention_heads", None, "num_attention_heads must be int"),
+        ("num_key_value_heads", 3, "3 key-value heads the heads"),
+        ("num_key_value_heads", -4, "num_key_value_heads must be int above 0, got -4"),
+        ("vocab_size", [1], "vocab_size must be int"),
+        ("rms_norm_eps", "1e-6", "rms_norm_eps must be float above 0"),
+        ("rope_theta", float("inf"), "rope_theta must be float above 0, got inf"),
+        ("rope_theta", float("nan"), "rope_theta must be float above 0, got nan"),
+        ("tie_word_embeddings", 1, "tie_word_embeddings must be true or false, got 1"),
+    ],
+)
+def test_a_wrong_field_of_a_config_is_named(tmp_path, name, value, says):
+    write_config(tmp_path, presets["7b-448"], "umt-hd-large")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=says) as e:
+        read_config(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_whole_number_will_do_for_rope_theta(tmp_path):
+    write_config(tmp_path, replace(presets["7b-448"], rope_theta=1_000_000), "umt-hd-large")
+    assert read_config(tmp_path) is presets["7b-448"]
+
+
+def test_the_penalty_of_a_checkpoint_is_its_models(tmp_path):
+    """And nothing else of generation_config.json: published ones would draw at random."""
+    write_tokenizer(tmp_path)
+    trained = VideoChatFlash(TINY, seed=7)
+    save_file(
+        {n: v.clone() for n, v in official_state(trained).items()}, tmp_path / "model.safetensors"
+    )
+    file, few = tmp_path / "generation_config.json", {"max_frames": 4, "max_new_tokens": 8}
+    assert VideoChatFlash.from_pretrained(tmp_path, TINY).repetition_penalty == 1
+    file.write_text(json.dumps({"do_sample": True, "temperature": 9.0, "repetition_penalty": 1.5}))
+    loaded = VideoChatFlash.from_pretrained(tmp_path, TINY)
+    assert loaded.repetition_penalty == 1.5
+    own, free = (answer(VIDEO, QUESTION, m, **few).trace.new_tokens for m in (loaded, trained))
+    assert own == answer(VIDEO, QUESTION, trained, repetition_penalty=1.5, **few).trace.new_tokens
+    assert own != free
+    file.write_text('{"repetition_penalty": "1.05"}')
+    with pytest.raises(UserError, match=r"penalty must be float above 0, got '1\.05'"):
+        VideoChatFlash.from_pretrained(tmp_path, TINY)
+
+
+@pytest.mark.parametrize("preset", presets.values(), ids=presets)
+def test_parameters_are_counted_to_a_thousandth(preset):
+    built = sum(p.numel() for p in VideoChatFlash(preset, device="meta").parameters())
+    assert preset.parameters == pytest.approx(built, rel=1e-2 if preset.name == "nano" else 1e-3)
 
 
 def test_importing_the_package_is_light():

@@ -4,6 +4,7 @@ from hico_model.errors import UserError
 from hico_model.prompt import (
     Tokenizer,
     chat_prompt,
+    check_question,
     load_tokenizer,
     long_time_message,
     nano_tokenizer,
@@ -102,6 +103,20 @@ def test_a_folder_with_vocabulary_and_merges_will_do(tmp_path):
     ids = t.encode("<|im_start|>user\nhi<|im_end|>")
     assert t.decode(ids) == "user\nhi"
     assert ids[-1] in t.eos_ids
+
+
+@pytest.mark.parametrize("cut", [0, 1, 1000])
+def test_a_damaged_tokenizer_is_named(tmp_path, cut):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(nano_tokenizer()._tokenizer.to_str()[:cut])
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged: download it again$"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_question_must_be_text():
+    check_question("Ça va, \ud7ff\ue000 \N{GRINNING FACE}?")
+    with pytest.raises(UserError, match="the question is not UTF-8 after 'Ça': type it again"):
+        check_question("Ça\udcff?")
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):

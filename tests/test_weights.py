@@ -201,6 +201,15 @@ def test_a_folder_without_weights_is_refused(tmp_path):
         load(on_meta(TINY), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1, "b": "c"}}']
+)
+def test_a_damaged_index_is_named(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json is damaged: download it again$"):
+        load(on_meta(TINY), tmp_path)
+
+
 def test_a_missing_or_damaged_shard_is_named(tmp_path):
     write(tmp_path, checkpoint(TINY), 2)
     shard = tmp_path / "model-2.safetensors"
