@@ -129,6 +129,10 @@ void best_match(const float* a, int64_t rows, int64_t d, const float* panels, in
   for (; i + HICO_ROWS <= rows; i += HICO_ROWS) {
     match_rows<HICO_ROWS>(a + i * d, d, panels, columns, best + i, into + i);
   }
+  constexpr int kFew = HICO_ROWS > 4 ? 4 : 1;  // the rest in small tiles, not row by row
+  for (; i + kFew <= rows; i += kFew) {
+    match_rows<kFew>(a + i * d, d, panels, columns, best + i, into + i);
+  }
   for (; i < rows; ++i) match_rows<1>(a + i * d, d, panels, columns, best + i, into + i);
 }
 

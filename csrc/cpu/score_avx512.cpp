@@ -5,6 +5,7 @@
 #include "cpu/score_kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
 #define HICO_PATH avx512
