@@ -81,7 +81,7 @@ HICO_INLINE void weigh(float* scores, float* dp, int64_t begin, int64_t end, int
   for (int64_t j = begin; j < end; j += kLanes) {
     // rounded as in the forward pass, so that the roundings in lse cancel
     const Lanes score = load(scores + j) * scale + (load(column.bias + j) + row.bias);
-    Lanes p = exp(score - (load(column.base + j) + row.base));
+    Lanes p = exp_lanes(score - (load(column.base + j) + row.base));
     if (j < from || j + kLanes > to) {
       const Whole at = lane + static_cast<int32_t>(j);
       p = select((at >= static_cast<int32_t>(from)) & (at < static_cast<int32_t>(to)), p, Lanes{});

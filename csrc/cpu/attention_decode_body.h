@@ -1,5 +1,6 @@
 // One block of decoding: one query of every head over the keys [first, first + count) of a cache.
-//   partial = (out, top, total): out = sum of exp(score - top) v, total = sum of exp(score - top)
+//   partial = (out, top, total): out = sum of exp(score - top) v, total = sum of
+//   exp(score - top)
 // A row of keys is read once for all query heads that share it (kHeads at a time); the next rows
 // are prefetched while these are used. Scores lie by key, then head, so that a softmax over keys
 // needs no sums across lanes.
@@ -77,8 +78,8 @@ void few_scores(const DecodeBlock& b, const FewKeys& few) {
   }
 }
 
-// scores [count][kGroup] -> weights exp(score - top), in place; new tops and totals; the factors by
-// which earlier sums shrink.
+// scores [count][kGroup] -> weights exp(score - top), in place; new tops and totals; the
+// factors by which earlier sums shrink.
 void few_weights(float* scores, int64_t count, float scale, int heads, float* top, float* total,
                  float* factor) {
   const int64_t filled = round_up(count, 2) * kGroup;  // two keys to a vector
@@ -97,10 +98,10 @@ void few_weights(float* scores, int64_t count, float scale, int heads, float* to
   most = select(other > most, other, most);
   const Lanes now = select(most > before, most, before);
   const Lanes base = select(now == Lanes{} - INFINITY, Lanes{}, now);
-  const Lanes shrink = exp(before - base);
+  const Lanes shrink = exp_lanes(before - base);
   Lanes sum = {};
   for (int64_t j = 0; j < filled; j += kLanes) {
-    const Lanes weight = exp(load(scores + j) - base);
+    const Lanes weight = exp_lanes(load(scores + j) - base);
     store(scores + j, weight);
     sum += weight;
   }

@@ -21,8 +21,8 @@ int64_t forward_scratch(int64_t rows, int64_t width) {
   return blocks * block + kTile * (width + columns) + kRows * kScores;
 }
 
-// Scores of a block of rows -> weights exp(score - top), in place; the new tops and the factors by
-// which what was summed before shrinks.
+// Scores of a block of rows -> weights exp(score - top), in place; the new tops and the
+// factors by which what was summed before shrinks.
 HICO_INLINE void softmax(float* scores, int64_t columns, const int64_t* visible, float scale,
                          const float* bias, float* top, float* total, float* shrink) {
   const Whole lane = lane_numbers();
@@ -46,14 +46,14 @@ HICO_INLINE void softmax(float* scores, int64_t columns, const int64_t* visible,
   const Lanes now = select(here > before, here, before);
   // a row that has seen nothing yet: -inf - 0 instead of -inf - -inf
   const Lanes base = select(now == Lanes{} - INFINITY, Lanes{}, now);
-  store(shrink, exp(before - base));
+  store(shrink, exp_lanes(before - base));
   store(top, now);
   store(shift, base);
   for (int i = 0; i < kRows; ++i) {
     float* row = scores + i * kScores;
     Lanes sum = {};
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const Lanes weight = exp(load(row + j) - shift[i]);
+      const Lanes weight = exp_lanes(load(row + j) - shift[i]);
       sum += weight;
       store(row + j, weight);
     }

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "cpu/attention_kernels.h"
+#include "cpu/exp.h"
 #include "cpu/vector.h"
 
 // a function that returns vectors and is not inlined would change the ABI from path to path
@@ -27,22 +28,6 @@ HICO_INLINE Whole lane_numbers() {
   Whole lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   return lane;
-}
-
-// exp(x) to 1 ulp for x <= 88: 0 below -87, so for -inf too; NaN stays NaN.
-HICO_INLINE Lanes exp(const Lanes& x) {
-  constexpr float kMagic = 12582912.0f + 127.0f;  // 1.5 * 2^23: rounds, and leaves n + 127 below
-  const Lanes y = x * 1.44269504f + kMagic;
-  const Lanes n = y - kMagic;
-  const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Lanes power = (Lanes)((Whole)y << 23);
-  return select(x < Lanes{} - 87.0f, Lanes{}, p * power);
 }
 
 template <typename Combine>
