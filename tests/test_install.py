@@ -15,7 +15,7 @@ import torch
 from torch._C import parse_schema
 
 import hico_kernels
-from hico_kernels import dispatch, native, ops
+from hico_kernels import dispatch, info, native, ops
 
 ROOT = Path(__file__).parents[1]
 
@@ -208,3 +208,16 @@ def test_files_stay_short():
     too_long = {str(file): lines for file, lines in lengths.items() if lines > 600}
     assert not too_long, too_long
     assert statistics.median(lengths.values()) <= 200
+
+
+def test_info_tells_of_every_module_and_operation_what_runs_here():
+    report = "\n".join(info.lines())
+    for name in (*native.MODULES, *ops.SCHEMAS, "torch", "python", "cpu"):
+        assert f"  {name} " in report, name
+    for module, reason in native.reasons.items():
+        assert re.search(rf"{module} +{re.escape(reason)}", report)
+    for operation in ops.SCHEMAS:
+        marks = re.search(rf"^  {operation} +(\S.*)$", report, re.MULTILINE)[1].split()
+        assert marks[0] == info._auto(operation), operation
+        for impl, mark in zip(dispatch.IMPLEMENTATIONS, marks[-5:], strict=True):
+            assert (mark == "yes") == (dispatch.why_not(operation, impl) is None), (operation, impl)

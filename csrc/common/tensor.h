@@ -34,6 +34,3 @@ inline std::string argument_name(std::string name) {
                   "-D")
 #define HICO_CHECK_DTYPE(t, d) \
   STD_TORCH_CHECK((t).scalar_type() == ScalarType::d, hico::argument_name(#t), " must be " #d)
-#define HICO_CHECK_INDEX(t)                                                                      \
-  STD_TORCH_CHECK((t).scalar_type() == ScalarType::Int || (t).scalar_type() == ScalarType::Long, \
-                  hico::argument_name(#t), " must be int32 or int64")

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/tensor.h"
+#include "cpu/bounds.h"
 #include "cpu/path.h"
 #include "cpu/select_kernels.h"
 
@@ -100,24 +101,17 @@ void select(const float* scores, int64_t n, int64_t k, int64_t first, Scratch& s
 }  // namespace
 
 // scores [S] float32, cu_seqlens [B + 1], keep [B] -> [sum of keep] int64
-Tensor select_topk_cpu(const Tensor& scores_in, const Tensor& cu_seqlens_in,
+Tensor select_topk_cpu(const Tensor& scores_in, const Tensor& cu_seqlens,
                        std::vector<int64_t> keep) {
   HICO_CHECK_DIM(scores_in, 1);
-  HICO_CHECK_DIM(cu_seqlens_in, 1);
-  HICO_CHECK_INDEX(cu_seqlens_in);
   HICO_CHECK_DTYPE(scores_in, Float);
   const Tensor scores = torch::stable::contiguous(scores_in);
-  const Tensor bounds =
-      torch::stable::contiguous(torch::stable::to(cu_seqlens_in, ScalarType::Long));
-  const int64_t sequences = bounds.size(0) - 1, n = scores.size(0);
-  const int64_t* at = data<int64_t>(bounds);
-  STD_TORCH_CHECK(sequences >= 0 && at[0] == 0 && at[sequences] == n,
-                  "cu_seqlens must rise from 0 to ", n);
+  const std::vector<int64_t> at = bounds_of("cu_seqlens", cu_seqlens, scores.size(0));
+  const int64_t sequences = static_cast<int64_t>(at.size()) - 1;
   STD_TORCH_CHECK(static_cast<int64_t>(keep.size()) == sequences,
                   "keep must have one count per sequence");
   std::vector<int64_t> to(sequences + 1, 0);
   for (int64_t b = 0; b < sequences; ++b) {
-    STD_TORCH_CHECK(at[b] <= at[b + 1], "cu_seqlens must rise from 0 to ", n);
     STD_TORCH_CHECK(0 <= keep[b] && keep[b] <= at[b + 1] - at[b],
                     "keep must be at most the sequence's ", at[b + 1] - at[b], " scores, got ",
                     keep[b]);

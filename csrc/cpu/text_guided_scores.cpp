@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/tensor.h"
+#include "cpu/bounds.h"
 #include "cpu/pages.h"
 #include "cpu/path.h"
 #include "cpu/score_kernels.h"
@@ -88,18 +89,6 @@ void add_scores(const void* queries, const char* k, int64_t keys, const ScoreSha
   });
 }
 
-std::vector<int64_t> bounds_of(const Tensor& cu_seqlens, int64_t total, const char* name) {
-  HICO_CHECK_DIM(cu_seqlens, 1);
-  HICO_CHECK_INDEX(cu_seqlens);
-  const Tensor whole = torch::stable::contiguous(torch::stable::to(cu_seqlens, ScalarType::Long));
-  const int64_t* at = data<int64_t>(whole);
-  const std::vector<int64_t> bounds(at, at + whole.size(0));
-  bool rising = !bounds.empty() && bounds.front() == 0 && bounds.back() == total;
-  for (size_t b = 1; b < bounds.size(); ++b) rising &= bounds[b - 1] <= bounds[b];
-  STD_TORCH_CHECK(rising, name, " must rise from 0 to ", total);
-  return bounds;
-}
-
 }  // namespace
 
 // q [R, H, D], k [S, Hkv, D] float32 or bfloat16 -> [S] float32
@@ -113,8 +102,8 @@ Tensor text_guided_scores_cpu(const Tensor& q_in, const Tensor& k_in, const Tens
   const int64_t heads = q_in.size(1), groups = k_in.size(1), width = q_in.size(2);
   STD_TORCH_CHECK(groups >= 1 && heads >= 1 && heads % groups == 0 && k_in.size(2) == width,
                   "k must fit the heads of q");
-  const std::vector<int64_t> text = bounds_of(cu_seqlens_q, q_in.size(0), "cu_seqlens_q");
-  const std::vector<int64_t> keys = bounds_of(cu_seqlens_k, k_in.size(0), "cu_seqlens_k");
+  const std::vector<int64_t> text = bounds_of("cu_seqlens_q", cu_seqlens_q, q_in.size(0));
+  const std::vector<int64_t> keys = bounds_of("cu_seqlens_k", cu_seqlens_k, k_in.size(0));
   STD_TORCH_CHECK(text.size() == keys.size(),
                   "cu_seqlens_q and cu_seqlens_k must have equal length");
   const Tensor q = torch::stable::contiguous(q_in), k = torch::stable::contiguous(k_in);
