@@ -10,6 +10,7 @@
 #define HICO_PATH avx2
 #define HICO_ROWS 4
 #define HICO_VECTORS 1
+#define HICO_FEW_ROWS 0
 #include "cpu/score_body.h"
 #pragma GCC pop_options
 

@@ -11,6 +11,7 @@
 #define HICO_PATH avx512
 #define HICO_ROWS 8
 #define HICO_VECTORS 2
+#define HICO_FEW_ROWS 8
 #include "cpu/score_body.h"
 #pragma GCC pop_options
 

@@ -13,6 +13,7 @@
 #define HICO_PATH avx512_bf16
 #define HICO_ROWS 8
 #define HICO_VECTORS 2
+#define HICO_FEW_ROWS 8
 #include "cpu/score_body.h"
 
 namespace hico::avx512_bf16 {
@@ -23,9 +24,11 @@ struct DotPairs {
   static constexpr int kChannels = 2;
   static Lanes load_steps(const BFloat16* k) { return load_as<Lanes>(k); }
   static void pack_step(const BFloat16* q, int left, void* step) { std::memcpy(step, q, 2 * left); }
+  static void add(Lanes& sum, const Lanes& query, const Lanes& keys) {
+    sum = (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)query, (__m512bh)keys);
+  }
   static void add(Lanes& sum, const float* query, const Lanes& keys) {
-    const __m512i pair = _mm512_set1_epi32(load_as<int32_t>(query));
-    sum = (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)keys);
+    add(sum, (Lanes)_mm512_set1_epi32(load_as<int32_t>(query)), keys);
   }
 };
 

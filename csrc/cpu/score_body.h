@@ -1,9 +1,10 @@
 // The bodies of ScoreKernels for one CPU path. The file that includes this defines HICO_PATH (its
-// namespace), HICO_ROWS (query rows held in registers) and HICO_VECTORS (vectors of keys beside
-// them).
+// namespace), HICO_ROWS (query rows held in registers), HICO_VECTORS (vectors of keys beside them)
+// and HICO_FEW_ROWS (up to how many rows keys are not packed; 0: registers do not suffice).
 //
 // Keys are the columns: a block is transposed once into a panel [step][key], and every query row of
-// its group multiplies it, so that keys are read once for all heads and rows and never repeated.
+// its group multiplies it, so that keys are read once for all heads and rows and never repeated. For
+// few rows the transposing would cost more than the products: there keys are multiplied as they lie.
 #include "cpu/exp.h"
 #include "cpu/score_kernels.h"
 #include "cpu/vector.h"
@@ -21,6 +22,7 @@ struct Multiply {
     std::memcpy(step, &value, sizeof value);
   }
   static void add(Lanes& sum, const float* query, const Lanes& keys) { sum += *query * keys; }
+  static void add(Lanes& sum, const Lanes& query, const Lanes& keys) { sum += query * keys; }
 };
 
 // rows[0..15] of 16 lanes -> their transpose. Pairs within 128 bits first, then the 128-bit
@@ -151,6 +153,88 @@ void multiply_rows(int64_t rows, const float* query, int64_t line, int64_t steps
   }
 }
 
+// Lanes of a and b that differ in bit kBit of their number, added: those with the bit clear hold
+// sums of a, the others of b. Folding 16 vectors pairwise, bits 8, 4, 2, 1, leaves the sum of vector
+// i in lane i.
+template <int kBit>
+inline Lanes fold(const Lanes& a, const Lanes& b) {
+  Whole keep, swap;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    keep[i] = i & kBit ? kLanes + i : i;
+    swap[i] = i & kBit ? kLanes + i - kBit : i + kBit;
+  }
+  return __builtin_shuffle(a, b, keep) + __builtin_shuffle(a, b, swap);
+}
+
+// Products of kRows query rows with keys as they lie, whose rows are full vectors. Four keys at a
+// time: each vector that is loaded serves four products.
+template <typename Step, int kRows>
+void multiply_unpacked(const float* query, int64_t line, const typename Step::Element* k,
+                       int64_t keys, int64_t stride, int64_t width, float scale, const char* next,
+                       float* logits) {
+  constexpr int kSpan = kLanes * Step::kChannels, kHalf = (kRows + 1) / 2;
+  constexpr int kLines = 4 * kSpan * sizeof *k / 64 / (kRows > 1 ? 2 : 1);
+  for (int64_t j = 0; j < kScoreKeys; j += kLanes) {
+    Lanes part[4][kRows];
+    for (int i = 0; i < 4; ++i) {
+      const typename Step::Element* row[4];
+      for (int m = 0; m < 4; ++m) {
+        const int64_t key = j + i + 4 * m;
+        row[m] = k + (key < keys ? key : keys - 1) * stride;
+      }
+      const auto half = [&](const int first, const int count) __attribute__((always_inline)) {
+        Lanes sum[kHalf][4] = {};
+        const float* q = query + first * line;
+        for (int64_t c = 0; c < width; c += kSpan, q += kLanes) {
+          Lanes key[4];
+#pragma GCC unroll 4
+          for (int m = 0; m < 4; ++m) key[m] = Step::load_steps(row[m] + c);
+#pragma GCC unroll 4
+          for (int l = 0; l < kLines; ++l, next += 64) __builtin_prefetch(next, 0, 2);
+#pragma GCC unroll 4
+          for (int r = 0; r < count; ++r) {
+            const Lanes steps = load(q + r * line);
+#pragma GCC unroll 4
+            for (int m = 0; m < 4; ++m) Step::add(sum[r][m], steps, key[m]);
+          }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < count; ++r) {
+          part[i][first + r] = fold<4>(fold<8>(sum[r][0], sum[r][2]), fold<8>(sum[r][1], sum[r][3]));
+        }
+      };
+      half(0, kHalf);
+      if constexpr (kRows > 1) half(kHalf, kRows - kHalf);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const Lanes sums =
+          fold<1>(fold<2>(part[0][r], part[2][r]), fold<2>(part[1][r], part[3][r]));
+      store(logits + r * kScoreKeys + j, sums * scale);
+    }
+  }
+}
+
+// Whether the rows were few enough, and the keys' rows full vectors.
+template <typename Step>
+bool multiply_few(int64_t rows, const float* query, int64_t line, const typename Step::Element* k,
+                  int64_t keys, int64_t stride, int64_t width, float scale, const char* next,
+                  float* logits) {
+  if (width % (kLanes * Step::kChannels) != 0) return false;
+  switch (rows) {
+#define HICO_FEW(n)                                                                               \
+  case n:                                                                                         \
+    if constexpr (n <= HICO_FEW_ROWS) {                                                           \
+      multiply_unpacked<Step, n>(query, line, k, keys, stride, width, scale, next, logits);       \
+      return true;                                                                                \
+    }                                                                                             \
+    break;
+    HICO_FEW(1) HICO_FEW(2) HICO_FEW(3) HICO_FEW(4) HICO_FEW(5) HICO_FEW(6) HICO_FEW(7) HICO_FEW(8)
+#undef HICO_FEW
+  }
+  return false;
+}
+
 // One row of logits -> weights, their top and sum. Keys beyond `keys` weigh 0; a NaN makes the sum
 // NaN.
 inline void weigh_row(float* row, int64_t keys, float* top, float* sum) {
@@ -180,9 +264,12 @@ void weigh(const void* queries, const void* k_, int64_t keys, const ScoreShape& 
     const int64_t stride = s.groups * s.width;
     const auto* next =
         k + kScoreKeys * stride + g * kScoreKeys * s.width;  // its share of the next block
-    pack_keys<Step>(k + g * s.width, keys, stride, s.width, panel);
-    multiply_rows<Step>(s.rows, query, line, steps, panel, s.scale,
-                        reinterpret_cast<const char*>(next), logits);
+    if (!multiply_few<Step>(s.rows, query, line, k + g * s.width, keys, stride, s.width, s.scale,
+                            reinterpret_cast<const char*>(next), logits)) {
+      pack_keys<Step>(k + g * s.width, keys, stride, s.width, panel);
+      multiply_rows<Step>(s.rows, query, line, steps, panel, s.scale,
+                          reinterpret_cast<const char*>(next), logits);
+    }
     for (int64_t r = 0; r < s.rows; ++r) {
       weigh_row(logits + r * kScoreKeys, keys, top + g * s.rows + r, sum + g * s.rows + r);
     }

@@ -36,20 +36,25 @@ struct Scratch {
   std::vector<float> queries, weights, top, sum, lse, factor;
 };
 
+// Room for the weights of `room` query rows and keys. A long video's is not kept after the call.
+float* room_for_weights(int64_t room, const Tensor& like, Scratch& scratch,
+                        std::optional<Tensor>& large) {
+  if (room <= kKept) {
+    scratch.weights.resize(room);
+    return scratch.weights.data();
+  }
+  large = on_huge_pages(torch::stable::new_empty(like, {room}, ScalarType::Float));
+  return mutable_data<float>(*large);
+}
+
 // Adds the weights of some query rows of one sequence to its scores.
 void add_scores(const void* queries, const char* k, int64_t keys, const ScoreShape& shape,
-                bool bf16, float mean, const Tensor& like, Scratch& scratch, float* scores) {
+                bool bf16, float mean, float* weights, Scratch& scratch, float* scores) {
   const ScoreKernels& kernels = score_kernels();
   const auto weigh = bf16 ? kernels.weigh_bf16 : kernels.weigh_f32;
   const int64_t rows = shape.groups * shape.rows, blocks = (keys + kScoreKeys - 1) / kScoreKeys;
   const int64_t line = shape.groups * shape.width * (bf16 ? 2 : 4);
   auto& [unused, kept, top, sum, lse, factor] = scratch;
-  const int64_t room = blocks * rows * kScoreKeys;
-  std::optional<Tensor> large;  // a long video's weights are not kept after the call
-  if (room > kKept)
-    large = on_huge_pages(torch::stable::new_empty(like, {room}, ScalarType::Float));
-  if (!large) kept.resize(room);
-  float* const weights = large ? mutable_data<float>(*large) : kept.data();
   top.resize(blocks * rows);
   sum.resize(blocks * rows);
   lse.resize(rows);
@@ -119,7 +124,12 @@ Tensor text_guided_scores_cpu(const Tensor& q_in, const Tensor& k_in, const Tens
     for (int64_t b = begin; b < end; ++b) {
       const int64_t count = text[b + 1] - text[b], first = keys[b], length = keys[b + 1] - first;
       if (count == 0 || length == 0) continue;
-      const int64_t at_once = std::max<int64_t>(kRows / share, 1);
+      const int64_t most = std::max<int64_t>(kRows / share, 1), turns = (count + most - 1) / most;
+      const int64_t at_once = (count + turns - 1) / turns;
+      const int64_t blocks = (length + kScoreKeys - 1) / kScoreKeys;
+      std::optional<Tensor> large;
+      float* weights =
+          room_for_weights(blocks * kScoreKeys * heads * at_once, k, scratch, large);
       for (int64_t r0 = 0; r0 < count; r0 += at_once) {
         const int64_t now = std::min(at_once, count - r0);
         const ScoreShape shape{now * share, groups, width, static_cast<float>(scale)};
@@ -132,7 +142,7 @@ Tensor text_guided_scores_cpu(const Tensor& q_in, const Tensor& k_in, const Tens
           }
         }
         add_scores(scratch.queries.data(), rows_of_k + first * groups * width * bytes, length,
-                   shape, bf16, 1.0f / static_cast<float>(count * heads), k, scratch, to + first);
+                   shape, bf16, 1.0f / static_cast<float>(count * heads), weights, scratch, to + first);
       }
     }
   };
