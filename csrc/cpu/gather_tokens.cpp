@@ -78,7 +78,8 @@ Tensor gather_tokens_backward_cpu(const Tensor& grad_in, const Tensor& index_in,
   char* to = static_cast<char*>(x.mutable_data_ptr());
   torch::stable::parallel_for(0, rows, 32, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {  // a mean over a total of 1 is a sum
-      mean(from, order.data() + first[row], first[row + 1] - first[row], nullptr, 1.0f, c,
+      const int32_t next = first[row + 1] < picked ? order[first[row + 1]] : 0;
+      mean(from, order.data() + first[row], first[row + 1] - first[row], nullptr, 1.0f, c, next,
            to + row * line);
     }
   });

@@ -87,17 +87,14 @@ std::tuple<Tensor, Tensor> merge_apply_cpu(const Tensor& x_in, const Tensor& ass
       const int32_t* member = order.data() + i * t + start[0];
       const int64_t count = start[1] - start[0];
       const float* own = weight ? weight + i * t : nullptr;
-      if (start[1] < first[i * (k + 1) + k]) {  // the next position's first row, a page that no
-                                                // prefetcher foresees
-        const char* next = from + (i * t + order[i * t + start[1]]) * c * bytes;
-        for (int64_t at = 0; at < c * bytes; at += 64) __builtin_prefetch(next + at);
-      }
+      // The next position's first row, a page that no prefetcher foresees. The last has none.
+      const int32_t next = start[1] < t ? order[i * t + start[1]] : 0;
       total[row] = 0;
       for (int64_t m = 0; m < count; ++m) total[row] += own ? own[member[m]] : 1.0f;
       if (total[row] == 0) {
         std::fill_n(to + row * c * bytes, c * bytes, 0);
       } else {
-        mean(from + i * t * c * bytes, member, count, own, total[row], c, to + row * c * bytes);
+        mean(from + i * t * c * bytes, member, count, own, total[row], c, next, to + row * c * bytes);
       }
     }
   });

@@ -138,13 +138,17 @@ void best_match(const float* a, int64_t rows, int64_t d, const float* panels, in
 
 template <typename T>
 void mean(const void* x_, const int32_t* member, int64_t count, const float* weight, float total,
-          int64_t c, void* y_) {
+          int64_t c, int32_t next, void* y_) {
   const T* x = static_cast<const T*>(x_);
   T* y = static_cast<T*>(y_);
   const float scale = 1.0f / total;
   int64_t k = 0;
   for (; k + HICO_SLAB * kLanes <= c; k += HICO_SLAB * kLanes) {
     Lanes sum[HICO_SLAB] = {};
+    const char* ahead = reinterpret_cast<const char*>(x + next * c + k);
+#pragma GCC unroll 16
+    for (size_t line = 0; line < HICO_SLAB * kLanes * sizeof(T); line += 64)
+      __builtin_prefetch(ahead + line);
     for (int64_t m = 0; m < count; ++m) {
       const T* row = x + member[m] * c + k;
       const float w = weight ? weight[member[m]] : 1.0f;

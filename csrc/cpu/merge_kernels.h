@@ -22,9 +22,10 @@ struct MergeKernels {
   // out[position[t]] += sums[t], in the order of t
   void (*merge_rows)(const float* sums, int64_t rows, int64_t d, const int32_t* position,
                      float* out);
-  // y = sum of weight[m] * x[m] over the members m, divided by total; null weights are ones
+  // y = sum of weight[m] * x[m] over the members m, divided by total; null weights are ones. The
+  // row `next` of x is fetched meanwhile.
   using Mean = void (*)(const void* x, const int32_t* member, int64_t count, const float* weight,
-                        float total, int64_t c, void* y);
+                        float total, int64_t c, int32_t next, void* y);
   Mean mean_f32, mean_bf16;
   // y = factor * x
   using ScaleRow = void (*)(const void* x, float factor, int64_t c, void* y);

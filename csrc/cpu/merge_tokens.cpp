@@ -67,7 +67,8 @@ void apply(const Clip& clip, const Shape& s, Scratch& scratch) {
     for (int64_t p = begin; p < end; ++p) {
       const int32_t count = first[p + 1] - first[p];
       clip.sizes[p] = count;
-      mean(clip.x, order.data() + first[p], count, nullptr, static_cast<float>(count), c,
+      const int32_t next = first[p + 1] < s.t ? order[first[p + 1]] : 0;
+      mean(clip.x, order.data() + first[p], count, nullptr, static_cast<float>(count), c, next,
            clip.tokens + p * c * s.bytes);
     }
   });
