@@ -140,6 +140,22 @@ def test_a_long_sequence_with_thousands_of_ties_is_the_naive_sort(impl):
     assert_is_naive(scores, [33_000, 0, 7_000], [12_345, 0, 6_999], impl)
 
 
+@pytest.mark.parametrize("impl", implementations("select_topk"))
+@pytest.mark.parametrize("outlier", [-100.0, 100.0, math.nan])
+@pytest.mark.parametrize("keep", [1, 100, 20_000, 39_900, 40_000])
+def test_scores_with_a_period_mislead_no_sample(keep, outlier, impl):
+    scores = normal(40_000)
+    scores[:: 40_000 // 1024] = outlier  # what a kernel that looks at every n-th score would see
+    assert_is_naive(scores, [40_000], [keep], impl)
+
+
+@pytest.mark.parametrize("impl", implementations("select_topk"))
+def test_the_largest_keys_of_a_narrow_range_are_found(impl):
+    largest = torch.tensor([0x7F800000 - i for i in range(40_000)], dtype=torch.int32)
+    scores = largest.flip(0).view(torch.float32)  # inf and the numbers below it, one ulp apart
+    assert_is_naive(scores, [40_000], [7], impl)
+
+
 # --- scores ---------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,6 @@
 #pragma GCC pop_options
 
 namespace hico {
-const SelectKernels select_avx2 = {avx2::count_top, avx2::collect, avx2::count_at, avx2::emit};
+const SelectKernels select_avx2 = {avx2::collect, avx2::emit};
 }
 #endif

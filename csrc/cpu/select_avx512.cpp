@@ -29,52 +29,22 @@ inline __m512i keys(const float* scores, __mmask16 valid) {
 
 }  // namespace
 
-void count_top(const float* scores, int64_t n, uint32_t* counts) {
-  constexpr int kCopies = 4;  // equal neighbours would wait for each other's increment
-  static thread_local uint32_t copies[kCopies][1 << kTopBits];
-  std::memset(copies, 0, sizeof copies);
-  alignas(64) uint32_t top[16];
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m512i key = keys(scores + i, tail(n - i));
-    _mm512_store_si512(top, _mm512_srli_epi32(key, kMidBits + kLowBits));
-    const int64_t left = n - i < 16 ? n - i : 16;
-    if (left == 16) {
-#pragma GCC unroll 16
-      for (int j = 0; j < 16; ++j) ++copies[j % kCopies][top[j]];
-    } else {
-      for (int j = 0; j < left; ++j) ++copies[j % kCopies][top[j]];
-    }
-  }
-  for (int b = 0; b < 1 << kTopBits; ++b) {
-    counts[b] += copies[0][b] + copies[1][b] + copies[2][b] + copies[3][b];
-  }
-}
-
-int64_t collect(const float* scores, int64_t n, uint32_t top, uint32_t* out) {
-  const __m512i wanted = _mm512_set1_epi32(static_cast<int>(top));
-  int64_t found = 0;
+int64_t collect(const float* scores, int64_t n, uint32_t low, uint32_t high, int64_t* above,
+                uint32_t* out) {
+  const __m512i least = _mm512_set1_epi32(static_cast<int>(low));
+  const __m512i most = _mm512_set1_epi32(static_cast<int>(high));
+  int64_t found = 0, more = 0;
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 valid = tail(n - i);
     const __m512i key = keys(scores + i, valid);
-    const __mmask16 hit =
-        _mm512_mask_cmpeq_epi32_mask(valid, _mm512_srli_epi32(key, kMidBits + kLowBits), wanted);
+    const __mmask16 over = _mm512_mask_cmpgt_epu32_mask(valid, key, most);
+    const __mmask16 hit = _mm512_mask_cmpge_epu32_mask(valid, key, least) & ~over;
     _mm512_storeu_si512(out + found, _mm512_maskz_compress_epi32(hit, key));
     found += __builtin_popcount(hit);
-  }
-  return found;
-}
-
-void count_at(const float* scores, int64_t n, uint32_t threshold, int64_t* above, int64_t* equal) {
-  const __m512i at = _mm512_set1_epi32(static_cast<int>(threshold));
-  int64_t more = 0, same = 0;
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 valid = tail(n - i);
-    const __m512i key = keys(scores + i, valid);
-    more += __builtin_popcount(_mm512_mask_cmpgt_epu32_mask(valid, key, at));
-    same += __builtin_popcount(_mm512_mask_cmpeq_epi32_mask(valid, key, at));
+    more += __builtin_popcount(over);
   }
   *above = more;
-  *equal = same;
+  return found;
 }
 
 void emit(const float* scores, int64_t n, uint32_t threshold, int64_t ties, int64_t first,
@@ -105,7 +75,6 @@ void emit(const float* scores, int64_t n, uint32_t threshold, int64_t ties, int6
 #pragma GCC pop_options
 
 namespace hico {
-const SelectKernels select_avx512 = {avx512::count_top, avx512::collect, avx512::count_at,
-                                     avx512::emit};
+const SelectKernels select_avx512 = {avx512::collect, avx512::emit};
 }
 #endif

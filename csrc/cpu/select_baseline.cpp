@@ -5,6 +5,5 @@
 #include "cpu/select_body.h"
 
 namespace hico {
-const SelectKernels select_baseline = {baseline::count_top, baseline::collect, baseline::count_at,
-                                       baseline::emit};
+const SelectKernels select_baseline = {baseline::collect, baseline::emit};
 }

@@ -4,29 +4,17 @@
 
 namespace hico::HICO_PATH {
 
-void count_top(const float* scores, int64_t n, uint32_t* counts) {
-  for (int64_t i = 0; i < n; ++i) ++counts[score_key(scores[i]) >> (kMidBits + kLowBits)];
-}
-
-int64_t collect(const float* scores, int64_t n, uint32_t top, uint32_t* out) {
-  int64_t found = 0;
+int64_t collect(const float* scores, int64_t n, uint32_t low, uint32_t high, int64_t* above,
+                uint32_t* out) {
+  int64_t found = 0, more = 0;
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t key = score_key(scores[i]);
     out[found] = key;
-    found += key >> (kMidBits + kLowBits) == top;
-  }
-  return found;
-}
-
-void count_at(const float* scores, int64_t n, uint32_t threshold, int64_t* above, int64_t* equal) {
-  int64_t more = 0, same = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t key = score_key(scores[i]);
-    more += key > threshold;
-    same += key == threshold;
+    found += key - low <= high - low;
+    more += key > high;
   }
   *above = more;
-  *equal = same;
+  return found;
 }
 
 void emit(const float* scores, int64_t n, uint32_t threshold, int64_t ties, int64_t first,

@@ -9,8 +9,6 @@
 
 namespace hico {
 
-constexpr int kTopBits = 11, kMidBits = 11, kLowBits = 10;  // of a key, from the most significant
-
 inline uint32_t score_key(float score) {
   uint32_t bits;
   std::memcpy(&bits, &score, sizeof bits);
@@ -20,13 +18,10 @@ inline uint32_t score_key(float score) {
 }
 
 struct SelectKernels {
-  // counts[key >> 21] += 1 for each of n scores; `counts` has 2048 entries
-  void (*count_top)(const float* scores, int64_t n, uint32_t* counts);
-  // the keys whose top bits are `top`, in order; returns how many. `out` has room for n + 16.
-  int64_t (*collect)(const float* scores, int64_t n, uint32_t top, uint32_t* out);
-  // how many keys are above `threshold`, and how many equal it
-  void (*count_at)(const float* scores, int64_t n, uint32_t threshold, int64_t* above,
-                   int64_t* equal);
+  // the keys from `low` to `high`, in order; returns how many, and how many lie above. `out` has
+  // room for n + 16.
+  int64_t (*collect)(const float* scores, int64_t n, uint32_t low, uint32_t high, int64_t* above,
+                     uint32_t* out);
   // first + i for every key above `threshold` and the first `ties` that equal it, ascending;
   // exactly as many are written as there are
   void (*emit)(const float* scores, int64_t n, uint32_t threshold, int64_t ties, int64_t first,

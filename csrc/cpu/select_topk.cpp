@@ -1,10 +1,13 @@
 // select_topk: the rows of the keep[b] largest scores of each sequence, ascending.
 // reference: hico_kernels/select/reference.py
-// Radix select: a histogram of the keys' top 11 bits finds the bucket of the k-th largest; only its
-// keys are looked at for the middle 11 and the low 10; then one ordered pass writes the rows. Long
-// sequences are cut into blocks of fixed size that threads take. Bound by a few passes over scores
-// that sit in cache.
+// A sample of the scores tells between which two keys the k-th largest very likely lies. One pass
+// keeps the keys between them and counts those above; histograms of what is kept, 11 bits at a time,
+// find the key; then one ordered pass writes the rows. Where the sample misled, the first pass is
+// repeated on the side that holds the key. Long sequences are cut into blocks of fixed size that
+// threads take. Bound by two passes over scores that sit in cache.
 #include <algorithm>
+#include <functional>
+#include <numeric>
 #include <vector>
 
 #include "common/tensor.h"
@@ -24,77 +27,97 @@ const SelectKernels& select_kernels() {
 
 namespace {
 
-constexpr int64_t kBlock = 1 << 16, kBuckets = 1 << kTopBits;
+constexpr int64_t kBlock = 1 << 16;
+constexpr int kBits = 11;  // of a key that one histogram tells apart
+constexpr int64_t kBuckets = 1 << kBits;
+constexpr int64_t kSample = 1024, kMargin = 48;  // the rank in a sample is off by 16 at one sigma
 
-// The bucket, from the top, in which the count reaches `need`; `need` becomes the rank within it.
-uint32_t find_bucket(const uint32_t* counts, int64_t buckets, int64_t& need) {
-  int64_t b = buckets - 1;
-  for (; counts[b] < need; --b) need -= counts[b];
-  return static_cast<uint32_t>(b);
+struct Bracket {  // of keys, both ends included
+  uint32_t low = 0, high = UINT32_MAX;
+};
+
+// The keys between which the k-th largest of n scores very likely lies.
+Bracket guess(const float* scores, int64_t n, int64_t k) {
+  if (n < 8 * kSample) return {};
+  uint32_t sample[kSample];
+  for (int64_t i = 0; i < kSample; ++i) sample[i] = score_key(scores[n / kSample * i]);
+  const auto at = [&](int64_t rank) {
+    std::nth_element(sample, sample + rank, sample + kSample, std::greater<>());
+    return sample[rank];
+  };
+  const auto rank = static_cast<int64_t>(static_cast<double>(k) / n * kSample);
+  Bracket bracket;
+  if (rank >= kMargin) bracket.high = at(rank - kMargin);
+  if (rank + kMargin < kSample) bracket.low = at(rank + kMargin);
+  return bracket;
 }
 
 struct Scratch {
   std::vector<uint32_t> counts, keys;
-  std::vector<int64_t> found, above, equal;
+  std::vector<int64_t> found, above;
 };
 
 // k >= 1 rows of `scores` [n], written to out [k] with `first` added.
 void select(const float* scores, int64_t n, int64_t k, int64_t first, Scratch& scratch,
             int64_t* out) {
   const SelectKernels& kernels = select_kernels();
-  const int64_t blocks = (n + kBlock - 1) / kBlock;
-  auto& [counts, keys, found, above, equal] = scratch;
+  const int64_t blocks = (n + kBlock - 1) / kBlock, room = std::min(n, kBlock) + 16;
+  auto& [counts, keys, found, above] = scratch;
   const auto each_block = [&](auto&& body) {
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) body(b, b * kBlock, std::min(kBlock, n - b * kBlock));
     });
   };
 
-  counts.assign((blocks + 1) * kBuckets, 0);
-  each_block([&](int64_t b, int64_t at, int64_t size) {
-    kernels.count_top(scores + at, size, counts.data() + (b + 1) * kBuckets);
-  });
-  for (int64_t b = 1; b <= blocks; ++b) {
-    for (int64_t i = 0; i < kBuckets; ++i) counts[i] += counts[b * kBuckets + i];
-  }
-  int64_t need = k;
-  const uint32_t top = find_bucket(counts.data(), kBuckets, need);
-
-  keys.resize(blocks * (kBlock + 16));
+  keys.resize(blocks * room);
   found.resize(blocks);
-  each_block([&](int64_t b, int64_t at, int64_t size) {
-    found[b] = kernels.collect(scores + at, size, top, keys.data() + b * (kBlock + 16));
-  });
-  uint32_t threshold = top;
-  for (const int bits : {kMidBits, kLowBits}) {
-    const int rest = bits == kMidBits ? kLowBits : 0;
-    std::fill_n(counts.begin(), kBuckets, 0);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const uint32_t* key = keys.data() + b * (kBlock + 16);
-      for (int64_t i = 0; i < found[b]; ++i) {
-        counts[(key[i] >> rest) & ((1u << bits) - 1)] += key[i] >> (bits + rest) == threshold;
-      }
-    }
-    threshold = threshold << bits | find_bucket(counts.data(), int64_t{1} << bits, need);
-  }
-
   above.resize(blocks);
-  equal.resize(blocks);
-  if (blocks > 1) {
+  auto [low, high] = guess(scores, n, k);
+  int64_t need = 0;  // rank of the key among those between low and high
+  for (;;) {
     each_block([&](int64_t b, int64_t at, int64_t size) {
-      kernels.count_at(scores + at, size, threshold, &above[b], &equal[b]);
+      found[b] = kernels.collect(scores + at, size, low, high, &above[b], keys.data() + b * room);
     });
+    need = k - std::accumulate(above.begin(), above.end(), int64_t{0});
+    if (need <= 0) {
+      low = high + 1, high = UINT32_MAX;
+    } else if (need > std::accumulate(found.begin(), found.end(), int64_t{0})) {
+      high = low - 1, low = 0;
+    } else {
+      break;
+    }
   }
-  found.assign(blocks, need);  // from here: how many ties a block takes
-  for (int64_t b = 0, ties = need; b < blocks && blocks > 1; ++b) {
-    found[b] = std::min(ties, equal[b]);
+  for (;;) {
+    const int shift = high - low < kBuckets ? 0 : 32 - kBits - __builtin_clz(high - low);
+    counts.assign(kBuckets, 0);
+    for (int64_t b = 0; b < blocks; ++b) {
+      uint32_t* const key = keys.data() + b * room;
+      int64_t kept = 0, more = 0;
+      for (int64_t i = 0; i < found[b]; ++i) {
+        const uint32_t here = key[i];
+        more += here > high;
+        if (here - low > high - low) continue;
+        ++counts[(here - low) >> shift];
+        key[kept++] = here;
+      }
+      found[b] = kept;
+      above[b] += more;
+    }
+    if (low == high) break;
+    uint32_t bucket = kBuckets - 1;
+    for (; counts[bucket] < need; --bucket) need -= counts[bucket];
+    low += bucket << shift;
+    high = low + std::min(high - low, (1u << shift) - 1);
+  }
+  for (int64_t b = 0, ties = need; b < blocks; ++b) {  // found: how many ties a block takes
+    found[b] = std::min(ties, found[b]);
     ties -= found[b];
     above[b] += found[b];
   }
   each_block([&](int64_t b, int64_t at, int64_t size) {
     int64_t* to = out;
     for (int64_t i = 0; i < b; ++i) to += above[i];
-    kernels.emit(scores + at, size, threshold, found[b], first + at, to);
+    kernels.emit(scores + at, size, low, found[b], first + at, to);
   });
 }
 
