@@ -94,7 +94,7 @@ FORMULAS: dict[str, Callable[..., int]] = {  # by operation; the others multiply
 
 
 def _operators(name: str) -> list:
-    return [getattr(getattr(torch.ops, space), name) for space in (ops.KERNELS, ops.REFERENCE)]
+    return [getattr(getattr(torch.ops, space), name) for space in ops.NAMESPACES]
 
 
 def causal() -> dict[object, Callable[..., int]]:

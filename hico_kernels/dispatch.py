@@ -2,15 +2,18 @@
 them.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from hico_kernels import native, ops
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda", "flash")
-_AUTO = {"cpu": ("cpu",), "cuda": ("cuda",)}  # device -> implementations, best first
-_KEY = {"cpu": "CPU", "cuda": "CUDA"}
+_AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device -> implementations, best first
+_NAMESPACE = {"reference": ops.REFERENCE, "triton": ops.TRITON}  # of the others: ops.KERNELS
 _NARROW = frozenset({torch.float32, torch.bfloat16})
+_GPU = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _ANY = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 # What exists: (operation, implementation) -> dtypes of its first tensor. The rest has none.
@@ -21,6 +24,7 @@ _DTYPES = {
     ("bipartite_soft_matching", "cpu"): _NARROW,
     ("merge_apply", "cpu"): _NARROW,
     ("merge_backward", "cpu"): _NARROW,
+    ("merge_backward", "triton"): _GPU,
     ("merge_tokens", "cpu"): _NARROW,
     ("ragged_attention", "cpu"): _NARROW,
     ("ragged_attention_backward", "cpu"): _NARROW,
@@ -31,14 +35,32 @@ _DTYPES = {
 }
 _OVERLOADS = {
     (namespace, name): getattr(getattr(torch.ops, namespace), name).default
-    for namespace in (ops.KERNELS, ops.REFERENCE)
+    for namespace in ops.NAMESPACES
     for name in ops.SCHEMAS
 }  # bound once: a lookup in torch.ops on every call costs up to a microsecond
+_warned: set[str] = set()  # operations
 
 
 def has_implementation(operation: str, impl: str) -> bool:
     """Whether this version has the implementation at all, on some machine."""
     return impl == "reference" or (operation, impl) in _DTYPES
+
+
+def namespace(impl: str) -> str:
+    """The namespace of the operators of an implementation."""
+    return _NAMESPACE.get(impl, ops.KERNELS)
+
+
+def _not_loaded(operation: str, impl: str) -> str | None:
+    """Why this installation has no such kernel."""
+    if impl == "triton":
+        return None if native.HAS_TRITON else "triton is not installed"
+    module = f"_C_{impl}"
+    if module in native.reasons:
+        return f"hico_kernels.{module}: {native.reasons[module]}"
+    if (operation, impl) not in native.registered:
+        return f"hico_kernels.{module} was built from other sources: build it again"
+    return None
 
 
 def why_not(operation: str, impl: str, *tensors: Tensor, device: str | None = None) -> str | None:
@@ -56,17 +78,16 @@ def why_not(operation: str, impl: str, *tensors: Tensor, device: str | None = No
         return None
     if not has_implementation(operation, impl):
         return f"{operation} has no {impl} implementation in this version"
-    module = f"_C_{impl}"
-    if module in native.reasons:
-        return f"hico_kernels.{module}: {native.reasons[module]}"
-    if (operation, impl) not in native.registered:
-        return f"hico_kernels.{module} was built from other sources: build it again"
+    if reason := _not_loaded(operation, impl):
+        return reason
     devices = [x.device.type for x in tensors] + ([device] if device else [])
-    if impl == "cuda" and not devices and not torch.cuda.is_available():
+    interpreted = impl == "triton" and native.TRITON_INTERPRETED
+    wanted = "cpu" if impl == "cpu" else "cuda"
+    if wanted == "cuda" and not (devices or interpreted or torch.cuda.is_available()):
         return "torch sees no CUDA device here"
     for found in devices:
-        if found != impl:
-            return f"tensors must be on {impl}, got {found}"
+        if found != wanted and not (interpreted and found == "cpu"):
+            return f"tensors must be on {wanted}, got {found}"
     if tensors and tensors[0].dtype not in _DTYPES[operation, impl]:
         allowed = ", ".join(sorted(str(d).removeprefix("torch.") for d in _DTYPES[operation, impl]))
         return f"dtype must be one of {allowed}, got {tensors[0].dtype}"
@@ -80,10 +101,31 @@ def overload(operation: str, impl: str, *tensors: Tensor, device: str | None = N
     when an implementation that was asked for cannot run; nothing ever falls back from one.
     """
     if impl == "auto":
-        for candidate in _AUTO.get(device or tensors[0].device.type, ()):
-            if why_not(operation, candidate, *tensors, device=device) is None:
-                return _OVERLOADS[ops.KERNELS, operation]
-        return _OVERLOADS[ops.REFERENCE, operation]
-    if reason := why_not(operation, impl, *tensors, device=device):
+        impl = _best(operation, device or tensors[0].device.type, tensors)
+    elif reason := why_not(operation, impl, *tensors, device=device):
         raise ValueError(f"{operation}(impl={impl!r}) cannot run: {reason}")
-    return _OVERLOADS[ops.REFERENCE if impl == "reference" else ops.KERNELS, operation]
+    return _OVERLOADS[namespace(impl), operation]
+
+
+def backward_overload(operation: str, impl: str, *tensors: Tensor):
+    """The operator of a gradient: of the implementation that its forward pass was asked for where
+    there is one that can run, else of the best.
+    """
+    own = why_not(operation, impl, *tensors) is None
+    return overload(operation, impl if own else "auto", *tensors)
+
+
+def _best(operation: str, device: str, tensors: tuple[Tensor, ...]) -> str:
+    reasons = []
+    for impl in _AUTO.get(device, ()):
+        reason = why_not(operation, impl, *tensors, device=device)
+        if reason is None:
+            return impl
+        if has_implementation(operation, impl):
+            reasons.append(f"{impl}: {reason}")
+    told = operation in _warned or torch.compiler.is_compiling()
+    if device == "cuda" and reasons and not told:
+        _warned.add(operation)
+        message = f"{operation} runs as plain torch on this GPU ({'; '.join(reasons)})"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return "reference"

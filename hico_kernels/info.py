@@ -36,7 +36,8 @@ def _auto(operation: str) -> str:
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         tensors = () if operation == "uniform_indices" else (torch.empty(0, device=device),)
         chosen = overload(operation, "auto", *tensors, device=device)
-        taken.append(device if chosen.namespace == ops.KERNELS else "reference")
+        named = {ops.KERNELS: device, ops.REFERENCE: "reference", ops.TRITON: "triton"}
+        taken.append(named[chosen.namespace])
     return " / ".join(taken)
 
 

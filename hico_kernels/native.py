@@ -1,6 +1,7 @@
 """Loads the compiled modules and remembers why one could not be loaded."""
 
-import importlib
+import importlib.util
+import os
 from types import ModuleType
 
 import torch
@@ -11,6 +12,18 @@ MODULES = ("_C_cpu", "_C_cuda", "_host")
 reasons: dict[str, str] = {}  # module -> why it is not loaded; absent when it is
 loaded: dict[str, ModuleType] = {}
 registered: set[tuple[str, str]] = set()  # (operation, "cpu" or "cuda") of all kernels loaded
+
+
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:
+        return False
+
+
+HAS_TRITON = _has_triton()  # asked once, and without importing it
+# Triton's own variable, read when it is imported: kernels run as Python, on tensors of the CPU too.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "yes", "on"}
 
 
 def load() -> None:

@@ -1,31 +1,33 @@
 """The op table: every schema and shape rule of hico_kernels on one page, without kernels.
 
-Each operation is declared twice with one schema and one fake: ``hico::name`` takes the kernels of
-csrc/cpu (CPU) and csrc/cuda (CUDA), ``hico_reference::name`` the plain-torch definition from the
-operation's reference.py, on any device. So both are opaque to torch.compile and traced by the
-same shape rule. Importing this needs only torch.
+Each operation is declared three times with one schema and one fake: ``hico::name`` takes the
+kernels of csrc/cpu (CPU) and csrc/cuda (CUDA), ``hico_reference::name`` the plain-torch definition
+from the operation's reference.py, on any device, ``hico_triton::name`` the Triton kernels of
+triton.py beside it. So all are opaque to torch.compile and traced by the same shape rule. Importing
+this needs only torch.
 
 Dimension letters: N clips, T tokens of a clip, K tokens kept, C channels; S packed rows, R text
 rows, H heads, Hkv key/value heads, D head width, B sequences.
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-KERNELS, REFERENCE = "hico", "hico_reference"
+KERNELS, REFERENCE, TRITON = NAMESPACES = "hico", "hico_reference", "hico_triton"
 SCHEMAS: dict[str, str] = {}  # operation -> schema without the name
 
 
 def _op(schema: str) -> Callable:
-    """Declare the operation named like the decorated fake in both namespaces."""
+    """Declare the operation named like the decorated fake in every namespace."""
 
     def declare(fake: Callable) -> Callable:
         name = fake.__name__
         SCHEMAS[name] = schema
-        for namespace in (KERNELS, REFERENCE):
+        for namespace in NAMESPACES:
             torch.library.define(
                 f"{namespace}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,)
             )
@@ -36,8 +38,11 @@ def _op(schema: str) -> Callable:
 
 
 def register_reference(reference: Callable) -> Callable:
-    """Make `<operation>_reference` the implementation of ``hico_reference::<operation>``."""
+    """Make `<operation>_reference` the implementation of ``hico_reference::<operation>``, and
+    `<operation>` of triton.py in the same folder that of ``hico_triton::<operation>``.
+    """
     name = reference.__name__.removesuffix("_reference")
+    _register_triton(name, reference.__module__.removesuffix(".reference") + ".triton")
 
     @functools.wraps(reference)
     def in_given_precision(*arguments):
@@ -50,6 +55,21 @@ def register_reference(reference: Callable) -> Callable:
 
     torch.library.impl(f"{REFERENCE}::{name}", "CompositeExplicitAutograd")(in_given_precision)
     return reference
+
+
+def _register_triton(name: str, module: str) -> None:
+    """`module` is imported by the first call: Triton costs a second, and may not be there."""
+
+    def launch(*arguments):
+        run = getattr(importlib.import_module(module), name)
+        given = (x.device if isinstance(x, Tensor) else x for x in arguments)
+        device = next(x for x in given if isinstance(x, torch.device))
+        if device.type != "cuda":  # interpreted
+            return run(*arguments)
+        with torch.cuda.device(device):  # Triton launches on the current one
+            return run(*arguments)
+
+    torch.library.impl(f"{TRITON}::{name}", "CompositeExplicitAutograd")(launch)
 
 
 # --- merging

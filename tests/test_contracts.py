@@ -1,5 +1,6 @@
 """What every operation promises, whatever it computes, for every implementation that runs here."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -11,12 +12,17 @@ from hico_kernels.testing import SPECS, promises
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 LARGE = "large"  # the sample of every operation that more than one thread works on
+SECONDS = {LARGE, "784to64-h16", "many_members", "gqa7-d128"}  # of each in Triton's interpreter
 
 
 def short(dtype: torch.dtype) -> str:
     return {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}[
         str(dtype).removeprefix("torch.")
     ]
+
+
+def interpreted(impl: str, device: str) -> bool:
+    return impl == "triton" and device == "cpu"
 
 
 CASES = [
@@ -26,6 +32,7 @@ CASES = [
     for dtype in spec.dtypes
     for sample in spec.samples(device, dtype)
     for impl in spec.implementations(sample)
+    if not (interpreted(impl, device) and dtype != torch.float32 and sample.id in SECONDS)
 ]
 ROWS = [
     pytest.param(spec, impl, device, id=f"{spec.name}-{impl}-{device}")
@@ -35,6 +42,8 @@ ROWS = [
     if impl in spec.implementations(next(iter(spec.samples(device, torch.float32))))
 ]
 KERNELS = [row for row in ROWS if row.values[1] != "reference"]
+INTERPRETED = [row for row in ROWS if interpreted(*row.values[1:])]  # one caller at a time
+COMPILED = [row for row in KERNELS if row not in INTERPRETED]
 CPU_KERNELS = [row for row in ROWS if row.values[1] == "cpu"]
 CPU_PATHS = native.loaded["_host"].cpu_paths() if "_host" in native.loaded else []
 
@@ -45,6 +54,7 @@ def keep(promise, spec, impl, device, *dtypes, only=None, leave_out=()):
     for dtype in spec.dtypes:
         for sample in spec.samples(device, dtype) if dtype in dtypes else ():
             wanted = sample.id not in leave_out and only in (None, sample.id)
+            wanted &= not (interpreted(impl, device) and sample.id in SECONDS)
             if wanted and impl in spec.implementations(sample):
                 promise(spec, sample, lambda sample: spec.run(sample, impl))
                 checked += 1
@@ -105,15 +115,17 @@ def test_outputs_are_contiguous_and_share_no_memory(spec, impl, device):
 
 @pytest.mark.parametrize(("spec", "impl", "device"), ROWS)
 def test_the_same_bits_come_every_time(spec, impl, device):
-    keep(promises.same_bits_again, spec, impl, device, torch.float32)
+    times = 2 if interpreted(impl, device) else 20
+    again = functools.partial(promises.same_bits_again, repeats=times)
+    keep(again, spec, impl, device, torch.float32)
 
 
-@pytest.mark.parametrize(("spec", "impl", "device"), KERNELS)  # plain torch leaves it to its BLAS
+@pytest.mark.parametrize(("spec", "impl", "device"), COMPILED)  # plain torch leaves it to its BLAS
 def test_the_same_bits_come_whatever_the_number_of_threads(spec, impl, device):
     keep(promises.same_bits_with_any_threads, spec, impl, device, *spec.dtypes, only=LARGE)
 
 
-@pytest.mark.parametrize(("spec", "impl", "device"), ROWS)
+@pytest.mark.parametrize(("spec", "impl", "device"), [r for r in ROWS if r not in INTERPRETED])
 def test_eight_callers_at_once_get_what_one_gets(spec, impl, device):
     keep(promises.same_bits_called_together, spec, impl, device, torch.float32, only=LARGE)
 
@@ -139,7 +151,7 @@ def test_ten_thousand_calls_leak_nothing(spec, impl, device):
 @pytest.mark.parametrize(("spec", "impl", "device"), ROWS)
 def test_the_operator_is_registered_as_torch_expects(spec, impl, device):
     first = next(iter(spec.samples(device, torch.float32))).id
-    operator = spec.registered(ops.REFERENCE if impl == "reference" else ops.KERNELS).default
+    operator = spec.registered(dispatch.namespace(impl)).default
 
     def registered(spec, sample, run):
         checks = ["test_schema", "test_autograd_registration", "test_faketensor"]

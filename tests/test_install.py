@@ -120,7 +120,7 @@ def test_a_module_that_does_not_load_becomes_a_reason(monkeypatch):
         hico_kernels.gather_tokens(torch.eye(2), torch.tensor([0]), impl="cpu")
 
 
-@pytest.mark.parametrize("namespace", [ops.KERNELS, ops.REFERENCE])
+@pytest.mark.parametrize("namespace", ops.NAMESPACES)
 @pytest.mark.parametrize("schema", RELEASED, ids=lambda text: text.split("(")[0])
 def test_schemas_stay_backward_compatible(schema, namespace):
     old = parse_schema(f"{namespace}::{schema}")

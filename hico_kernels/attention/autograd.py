@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hico_kernels.dispatch import overload
+from hico_kernels.dispatch import backward_overload, overload
 
 
 class RaggedAttention(torch.autograd.Function):
@@ -25,7 +25,6 @@ class RaggedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, _):  # noqa: D102
         q, k, v, out, lse, cu_q, cu_k, key_bias = ctx.saved_tensors
-        impl = "reference" if ctx.impl == "reference" else "auto"
-        run = overload("ragged_attention_backward", impl, grad, q, k, v)
+        run = backward_overload("ragged_attention_backward", ctx.impl, grad, q, k, v)
         grads = run(grad, q, k, v, out, lse, cu_q, cu_k, *ctx.numbers, key_bias)
         return (*grads, None, None, None, None)

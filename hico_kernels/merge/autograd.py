@@ -4,14 +4,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hico_kernels.dispatch import overload
+from hico_kernels.dispatch import backward_overload, overload
 
 
 def _backward(
     ctx, grad: Tensor, assignment: Tensor, merged: Tensor, sizes: Tensor | None
 ) -> Tensor:
-    impl = "reference" if ctx.impl == "reference" else "auto"
-    return overload("merge_backward", impl, grad)(grad, assignment, merged, sizes)
+    return backward_overload("merge_backward", ctx.impl, grad)(grad, assignment, merged, sizes)
 
 
 class MergeTokens(torch.autograd.Function):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hico_kernels.dispatch import overload
+from hico_kernels.dispatch import backward_overload, overload
 
 
 class GatherTokens(torch.autograd.Function):
@@ -20,6 +20,5 @@ class GatherTokens(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):  # noqa: D102
         (index,) = ctx.saved_tensors
-        impl = "reference" if ctx.impl == "reference" else "auto"
-        run = overload("gather_tokens_backward", impl, grad, index)
+        run = backward_overload("gather_tokens_backward", ctx.impl, grad, index)
         return run(grad, index, ctx.num_rows), None, None
