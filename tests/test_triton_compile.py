@@ -1,0 +1,61 @@
+"""Every Triton kernel compiled for three GPU generations, as a launch on real shapes would have it:
+it fits, keeps its registers, and uses the matrix units where it multiplies matrices.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hico_kernels import dispatch, native, ops
+
+pytestmark = pytest.mark.skipif(not native.HAS_TRITON, reason="triton is not installed")
+
+# Kernels whose products are too small for wgmma, which needs 64 rows, and why.
+BELOW_WGMMA: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    done = subprocess.run(
+        [sys.executable, "-m", "hico_kernels.testing.aot"],
+        env=os.environ
+        | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def label(row):
+    return f"{row['kernel']} for {row['operation']} in {row['dtype']} on sm_{row['capability']}"
+
+
+def test_every_kernel_is_compiled_for_every_architecture(compiled):
+    assert compiled["not_launched"] == []
+    operations = {op for op in ops.SCHEMAS if dispatch.has_implementation(op, "triton")}
+    for capability in (80, 90, 100):
+        rows = [row for row in compiled["rows"] if row["capability"] == capability]
+        assert {row["operation"] for row in rows} == operations
+
+
+def test_shared_memory_suffices(compiled):
+    for row in compiled["rows"]:
+        assert row["shared"] <= row["shared_limit"], label(row)
+
+
+def test_nothing_spills(compiled):
+    for row in compiled["rows"]:
+        assert row["reg"] > 0, label(row)
+        assert (row["stack"], row["local"]) == (0, 0), label(row)
+
+
+def test_products_run_on_the_matrix_units(compiled):
+    for row in compiled["rows"]:
+        small = row["capability"] == 90 and row["kernel"] in BELOW_WGMMA
+        name = "small_matrix_products" if small else "matrix_products"
+        assert row[name] > 0 or row["dots"] == 0, label(row)
