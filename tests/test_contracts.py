@@ -1,6 +1,7 @@
 """What every operation promises, whatever it computes, for every implementation that runs here."""
 
 import functools
+import itertools
 import os
 from pathlib import Path
 
@@ -49,12 +50,16 @@ CPU_PATHS = native.loaded["_host"].cpu_paths() if "_host" in native.loaded else 
 
 
 def keep(promise, spec, impl, device, *dtypes, only=None, leave_out=()):
-    """Check a promise on the samples that `impl` can run; only that of one name when given."""
+    """Check a promise on the samples that `impl` can run; only that of one name when given. In the
+    interpreter on the first two: there all samples are in one test, that of the numbers.
+    """
     checked = 0
+    slow = interpreted(impl, device)
     for dtype in spec.dtypes:
-        for sample in spec.samples(device, dtype) if dtype in dtypes else ():
+        samples = spec.samples(device, dtype) if dtype in dtypes else ()
+        for sample in itertools.islice(samples, 2 if slow else None):
             wanted = sample.id not in leave_out and only in (None, sample.id)
-            wanted &= not (interpreted(impl, device) and sample.id in SECONDS)
+            wanted &= not (slow and sample.id in SECONDS)
             if wanted and impl in spec.implementations(sample):
                 promise(spec, sample, lambda sample: spec.run(sample, impl))
                 checked += 1
