@@ -72,8 +72,9 @@ def _text_guided_scores(q, k, cu_q, cu_k, scale, **_) -> int:
     return 2 * q.shape[1] * q.shape[2] * pairs
 
 
-def _merge_tokens(x, num_tokens, num_heads, **_) -> int:
-    return x.shape[0] * merge_flops(x.shape[1], num_tokens, x.shape[2] // num_heads)
+def _merge_tokens(x, num_tokens, num_heads, metric=None, **_) -> int:
+    width = x.shape[2] // num_heads if metric is None else metric.shape[2]
+    return x.shape[0] * merge_flops(x.shape[1], num_tokens, width)
 
 
 def _bipartite_soft_matching(metric, r, class_token, distill_token, **_) -> int:

@@ -75,9 +75,14 @@ def _register_triton(name: str, module: str) -> None:
 # --- merging
 
 
-@_op("(Tensor x, SymInt num_tokens, SymInt num_heads) -> (Tensor, Tensor, Tensor)")
-def merge_tokens(x: Tensor, num_tokens: int, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x [N, T, C] -> tokens [N, K, C], sizes [N, K] int32, assignment [N, T] int32."""
+@_op(
+    "(Tensor x, SymInt num_tokens, SymInt num_heads, Tensor? metric=None)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def merge_tokens(
+    x: Tensor, num_tokens: int, num_heads: int, metric: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [N, T, C], metric [N, T, D] -> tokens [N, K, C], int32 sizes [N, K], assignment [N, T]."""
     n, t, c = x.shape
     return (
         x.new_empty(n, num_tokens, c),

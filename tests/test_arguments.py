@@ -54,6 +54,16 @@ MERGE = {
         lambda: merge(num_heads=0)
     ),
     "TypeError: num_heads must be an int, got 2.0": lambda: merge(num_heads=2.0),
+    "ValueError: metric must be [N, T, D] with N, T = (2, 9), got (2, 8, 8)": (
+        lambda: merge(metric=X[:, 1:])
+    ),
+    "TypeError: metric must be floating point, got torch.int32": lambda: merge(metric=X.int()),
+    "ValueError: metric must be on the device of x, cpu, got meta": (
+        lambda: merge(metric=X.to("meta"))
+    ),
+    "ValueError: num_heads has no use beside metric, got num_heads=2": (
+        lambda: merge(metric=X, num_heads=2)
+    ),
     "ValueError: metric must be [N, T, D], got shape (9, 8)": lambda: match(X[0]),
     "ValueError: r must be at least 0, got -1": lambda: match(r=-1),
     "TypeError: r must be an int, got 1.5": lambda: match(r=1.5),

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 
 # Released schemas. They may only grow at the end, with defaults.
 SCHEMAS = """
-merge_tokens(Tensor x, SymInt num_tokens, SymInt num_heads) -> (Tensor, Tensor, Tensor)
+merge_tokens(Tensor x, SymInt num_tokens, SymInt num_heads, Tensor? metric=None)
+    -> (Tensor, Tensor, Tensor)
 bipartite_soft_matching(Tensor metric, SymInt r, bool class_token, bool distill_token) -> Tensor
 merge_apply(Tensor x, Tensor assignment, SymInt num_tokens, Tensor? sizes) -> (Tensor, Tensor)
 merge_backward(Tensor grad, Tensor assignment, Tensor merged_sizes, Tensor? sizes) -> Tensor

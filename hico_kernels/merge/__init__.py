@@ -22,7 +22,12 @@ class MergedTokens(NamedTuple):
 
 
 def merge_tokens(
-    x: Tensor, num_tokens: int, *, num_heads: int = 1, impl: str = "auto"
+    x: Tensor,
+    num_tokens: int,
+    *,
+    num_heads: int = 1,
+    metric: Tensor | None = None,
+    impl: str = "auto",
 ) -> MergedTokens:
     """Merge the tokens of every clip down to `num_tokens` by repeated bipartite soft matching.
 
@@ -31,6 +36,10 @@ def merge_tokens(
     Each output token is the mean of its members. Order: tokens that no pair took in the last
     round, by falling similarity, then the merge targets in their order (as VideoChat-Flash: arXiv
     2501.00574, section 3.1). Differentiable in x.
+
+    metric [N, T, D], of any floating dtype: what to compare instead, where it is at hand, for
+    instance from the layer before. It must be linear in the tokens, as the mean over groups is: the
+    metric of merged tokens is taken to be the mean of their metrics. It gets no gradient.
 
     The smaller index wins a tie, a NaN similarity never wins, a zero token has similarity 0. Sums
     are in float32 (float64 for float64), rounded once.
@@ -49,7 +58,16 @@ def merge_tokens(
         raise ValueError(
             f"num_tokens must be in [1, {x.shape[1]}], the tokens of x, got {num_tokens}"
         )
-    return MergedTokens(*MergeTokens.apply(x, num_tokens, num_heads, impl))
+    if metric is not None:
+        checks.tensor("metric", metric, "[N, T, D]")
+        checks.same("metric", metric, "x", x, dtype=False)
+        if metric.shape[:2] != x.shape[:2]:
+            expected = f"[N, T, D] with N, T = {tuple(x.shape[:2])}"
+            raise ValueError(f"metric must be {expected}, got {tuple(metric.shape)}")
+        if num_heads != 1:
+            raise ValueError(f"num_heads has no use beside metric, got num_heads={num_heads}")
+        metric = metric.detach()
+    return MergedTokens(*MergeTokens.apply(x, num_tokens, num_heads, metric, impl))
 
 
 @dataclass(frozen=True)

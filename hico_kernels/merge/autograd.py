@@ -17,9 +17,9 @@ class MergeTokens(torch.autograd.Function):
     """merge_tokens, differentiable in x."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, num_tokens: int, num_heads: int, impl: str):  # noqa: D102
-        run = overload("merge_tokens", impl, x)
-        tokens, sizes, assignment = run(x, num_tokens, num_heads)
+    def forward(ctx, x: Tensor, num_tokens: int, num_heads: int, metric, impl: str):  # noqa: D102
+        run = overload("merge_tokens", impl, *(t for t in (x, metric) if t is not None))
+        tokens, sizes, assignment = run(x, num_tokens, num_heads, metric)
         ctx.impl = impl
         ctx.save_for_backward(assignment, sizes)
         ctx.mark_non_differentiable(sizes, assignment)
@@ -29,7 +29,7 @@ class MergeTokens(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, *_):  # noqa: D102
         assignment, sizes = ctx.saved_tensors
-        return _backward(ctx, grad, assignment, sizes, None), None, None, None
+        return _backward(ctx, grad, assignment, sizes, None), None, None, None, None
 
 
 class MergeApply(torch.autograd.Function):

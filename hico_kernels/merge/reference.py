@@ -143,7 +143,7 @@ def merge_backward_reference(
 
 @register_reference
 def merge_tokens_reference(
-    x: Tensor, num_tokens: int, num_heads: int
+    x: Tensor, num_tokens: int, num_heads: int, metric: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plan, then merge: all rounds run on the metric alone, then one mean over each token's
     members.
@@ -160,8 +160,7 @@ def merge_tokens_reference(
         copy = x.clone(memory_format=torch.contiguous_format)
         return copy, torch.ones_like(assignment), assignment
     assignment = torch.arange(t, device=x.device).repeat(n, 1)
-    metric = _head_mean(x, num_heads)
-    sums, left = metric, t
+    sums, left = _head_mean(x, num_heads) if metric is None else _wide(metric), t
     for r in merge_rounds(t, num_tokens):  # lengths differ only by a factor, which matching ignores
         position = _match(sums, r)
         left -= r

@@ -109,8 +109,10 @@ def _list_members(
     return order, first
 
 
-def merge_tokens(x: Tensor, num_tokens: int, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x [N, T, C] -> tokens [N, K, C], sizes [N, K] int32, assignment [N, T] int32."""
+def merge_tokens(
+    x: Tensor, num_tokens: int, num_heads: int, metric: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [N, T, C], metric [N, T, D] -> tokens [N, K, C], int32 sizes [N, K], assignment [N, T]."""
     n, t, _ = x.shape
     if num_tokens == t or n == 0:
         assignment = torch.arange(t, dtype=torch.int32, device=x.device).repeat(n, 1)
@@ -120,7 +122,8 @@ def merge_tokens(x: Tensor, num_tokens: int, num_heads: int) -> tuple[Tensor, Te
     while left > num_tokens:
         steps.append((left, min(left - num_tokens, left // 2)))
         left -= steps[-1][1]
-    rounds = _Rounds(x, num_heads, (0, 0), sum(left - left // 2 for left, _ in steps))
+    like = x if metric is None else metric
+    rounds = _Rounds(like, num_heads, (0, 0), sum(left - left // 2 for left, _ in steps))
     for left, r in steps[:-1]:
         rounds.match(left, r)
         rounds.merge(left, r)

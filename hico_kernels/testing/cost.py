@@ -40,12 +40,17 @@ def _lengths(cu_seqlens: Tensor) -> list[int]:
 
 
 @_cost_of("merge_tokens")
-def merge_tokens(x: Tensor, num_tokens: int, num_heads: int) -> Cost:
-    """x in, tokens, sizes and assignment out; head mean, all pairs of every round, one mean."""
+def merge_tokens(x: Tensor, num_tokens: int, num_heads: int, metric: Tensor | None = None) -> Cost:
+    """x in, tokens, sizes and assignment out; head mean, all pairs of every round, one mean. A
+    metric that is given comes in as well, and the head mean falls away.
+    """
     n, t, c = x.shape
-    flops = 2 * t * c + merge_flops(t, num_tokens, c // num_heads)
     out = num_tokens * c * x.element_size() + 4 * (num_tokens + t)
-    return Cost(_size(x) + n * out, n * flops)
+    if metric is None:
+        flops = 2 * t * c + merge_flops(t, num_tokens, c // num_heads)
+        return Cost(_size(x) + n * out, n * flops)
+    flops = t * c + merge_flops(t, num_tokens, metric.shape[2])
+    return Cost(_size(x) + _size(metric) + n * out, n * flops)
 
 
 @_cost_of("bipartite_soft_matching")

@@ -75,6 +75,12 @@ def merge_tokens(device: str, dtype: torch.dtype) -> Samples:
     ):
         yield Sample(f"{t}to{k}-h{h}", (d.normal(n, t, c), k), {"num_heads": h})
     yield Sample("large", (d.normal(5, 256, 96), 64), {"num_heads": 4})
+    like = d.normal(2, 21, 10)
+    yield Sample("metric", (d.normal(2, 21, 6), 7), {"metric": like})
+    yield Sample("metric-float32", (d.normal(2, 21, 6), 7), {"metric": like.float()})
+    yield Sample(
+        "metric-stepped", (d.normal(2, 21, 6), 7), {"metric": dict(layouts(like))["stepped"]}
+    )
     x = d.normal(2, 9, 8)
     yield Sample("to_one", (x, 1))
     yield Sample("to_all", (x, 9))

@@ -57,7 +57,12 @@ def step(metric, r, class_token=False, distill_token=False, **slip):
 @wrong("merge_tokens", "larger_index_wins_a_tie", last_wins=True)
 @wrong("merge_tokens", "nan_wins", nan=torch.inf)
 @wrong("merge_tokens", "keeps_the_unmerged_in_their_order", ordered=True)
-def rounds(x, num_tokens, num_heads, weighted=True, grouped=False, headless=False, part=2, **slip):
+def rounds(
+    x, num_tokens, num_heads, metric=None, weighted=True, grouped=False, headless=False, part=2,
+    **slip,
+):  # fmt: skip
+    if metric is not None:
+        return reference.merge_tokens_reference(x, num_tokens, num_heads, metric)
     n, t, c = x.shape
     tokens, sizes = reference._wide(x), torch.ones(n, t, dtype=torch.int32)
     assignment = torch.arange(t).repeat(n, 1)
@@ -90,6 +95,7 @@ def twice_rounded(y, *_):
 
 on_changed("merge_tokens", "forgets_a_channel", lambda x, *rest: (without_last_channel(x), *rest))
 on_changed("merge_tokens", "plans_the_first_clip", lambda x, *rest: (x[:1].expand_as(x), *rest))
+on_changed("merge_tokens", "ignores_the_metric", lambda x, k, heads, metric: (x, k, heads, None))
 on_result("merge_tokens", "sums_instead_of_means", times_size)
 on_result("merge_tokens", "sizes_in_int64", lambda y, *_: (y[0], y[1].long(), y[2]))
 on_result("merge_tokens", "rounds_twice", twice_rounded)
