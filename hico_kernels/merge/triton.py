@@ -176,7 +176,7 @@ def merge_backward(
         return out
     weights = assignment if sizes is None else sizes
     block = min(1024, _power(c))
-    rows = max(1, 4096 // block)
+    rows = max(1, 2048 // block)
     triton_mean.spread_gradient[triton.cdiv(n * t, rows), triton.cdiv(c, block)](
         grad, assignment, merged_sizes, weights, out, n * t, t, k, c,
         *grad.stride(), *assignment.stride(), *merged_sizes.stride(), *weights.stride(),
