@@ -9,7 +9,7 @@ READY := $(VENV)/.hico-ready
 SAY := @printf '\033[1m==>\033[0m %s\n'
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench gpu asan build clean
+.PHONY: demo test lint format bench instructions check-instructions gpu asan build clean
 
 demo: $(READY)  ## a real video through the whole flow: a table here, pictures in hico_demo.html
 	$(SAY) "running the demo"
@@ -29,8 +29,16 @@ format: $(READY)  ## rewrite to that style
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 	@$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-bench: $(READY)  ## timings against floors and alternatives, on this machine
-	@$(BIN)/python -m pytest bench --benchmark-only
+bench: $(READY)  ## timings against floors and alternatives; results go to bench/results
+	@mkdir -p build
+	@$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-json=build/bench.json
+	@$(BIN)/python -m bench.results build/bench.json
+
+instructions: $(READY)  ## count the instructions of every CPU kernel and keep the figures
+	@$(BIN)/python -m bench.instructions --write
+
+check-instructions: $(READY)  ## fail when a CPU kernel executes more instructions than kept
+	@$(BIN)/python -m bench.instructions
 
 gpu: $(READY)  ## checks and measurements on a CUDA device; results go to OUT
 	@$(BIN)/python -m hico_kernels.testing.gpu --out $(OUT)

@@ -2,14 +2,20 @@
 
 pytest bench --benchmark-only            measure here
 pytest bench --benchmark-disable         run every benchmark once, untimed, so that none can rot
+
+A benchmark is called op-shape-dtype-impl, on CPUs with -tN for N threads: a test sets the first
+three as `benchmark.group` and has the last as its parameter `impl`. Names stay, since commits are
+compared by them.
 """
 
+import contextlib
+import os
 import time
 
 import pytest
 import torch
 
-from bench import limits
+from bench import limits, results
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,6 +34,26 @@ class DeviceClock:
 
 
 CLOCK = DeviceClock()
+
+
+class Turns:
+    """Rounds in turn with another process: a byte is read before each and one written after it."""
+
+    def __init__(self, descriptors: str):
+        self._read, self._write = map(int, descriptors.split(","))
+
+    def __enter__(self):
+        os.read(self._read, 1)  # b"" when the other one has ended: then nobody is waited for
+
+    def __exit__(self, *_):
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._write, b".")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("hico_kernels")
+    group.addoption("--rounds", type=int, help="of every benchmark of an operation")
+    group.addoption("--turns", metavar="READ,WRITE", help="file descriptors: see bench/compare.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -74,15 +100,19 @@ def threads(request):
 
 
 @pytest.fixture
-def measure(benchmark):
+def measure(benchmark, request):
     """Time `fn` and note its least time on this machine: what it must move and compute."""
     seconds = _cuda_seconds if DEVICE == "cuda" else _host_seconds
+    option = request.config.getoption
+    turns = Turns(option("turns")) if option("turns") else contextlib.nullcontext()
 
     def run(fn, *, dtype: torch.dtype, bytes_: int = 0, flops: int = 0, rounds: int = 10):
         def once():
-            CLOCK.now += seconds(fn)
+            with turns:
+                CLOCK.now += seconds(fn)
 
-        benchmark.pedantic(once, rounds=rounds, warmup_rounds=2)
+        _name(benchmark, request.node.callspec.params["impl"])
+        benchmark.pedantic(once, rounds=option("rounds") or rounds, warmup_rounds=2)
         if benchmark.disabled:
             return
         floor = limits.floor_seconds(DEVICE, dtype, bytes_, flops)
@@ -95,6 +125,14 @@ def measure(benchmark):
         )
 
     return run
+
+
+def _name(benchmark, impl: str) -> None:
+    """Call it by operation, shape and dtype (its group so far), and by implementation."""
+    threads = torch.get_num_threads() if DEVICE == "cpu" else None
+    name = results.Name.parse(f"{benchmark.group}-{impl}")._replace(threads=threads)
+    benchmark.name = benchmark.fullname = str(name)
+    benchmark.group = name.problem
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -4,12 +4,12 @@ work.
 
 import functools
 import os
-import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from bench import results
 from hico_kernels import native
 
 THREADS = sorted({1, os.cpu_count() or 1})  # what CPU benchmarks run with
@@ -71,13 +71,17 @@ def flush_l2() -> None:
 
 def machine(device: str) -> dict:
     """What must be known about this machine to read a result."""
-    cuda = device == "cuda"
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     return {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "device": results.device_name(device),
+        "type": device,
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "bandwidth_gb_per_s": [round(bandwidth(device, n) / 1e9, 1) for n in THREADS],
-        "float32_gflop_per_s": [
-            round(arithmetic_rate(device, torch.float32, n) / 1e9) for n in THREADS
-        ],
+        "limits": {
+            "threads": THREADS,
+            "copy_gb_per_s": [round(bandwidth(device, n) / 1e9, 1) for n in THREADS],
+        }
+        | {
+            f"{name}_gflop_per_s": [round(arithmetic_rate(device, dtype, n) / 1e9) for n in THREADS]
+            for name, dtype in dtypes.items()
+        },
     }

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench import alternatives
+from bench.results import short
 from hico_kernels import ragged_attention, ragged_decode_attention
 from hico_kernels.testing.shapes import LLMS, cu_seqlens
 
@@ -16,7 +17,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 @DTYPES
 @pytest.mark.parametrize("lengths", [(512, 1024, 2048, 4096)], ids=["ragged4"])
 def test_ragged_attention(measure, device, threads, benchmark, lengths, dtype, impl):
-    benchmark.group = f"ragged_attention-ragged4-{dtype}-threads{threads}"
+    benchmark.group = f"ragged_attention-ragged4-{short(dtype)}"
     rows, longest, cu = sum(lengths), max(lengths), cu_seqlens(lengths, device)
     q = torch.randn(rows, S.heads, S.head_width, device=device, dtype=dtype)
     k, v = torch.randn(2, rows, S.kv_heads, S.head_width, device=device, dtype=dtype).unbind()
@@ -31,7 +32,7 @@ def test_ragged_attention(measure, device, threads, benchmark, lengths, dtype, i
 @pytest.mark.parametrize("impl", ["hico", "sdpa_folded"])
 @DTYPES
 def test_ragged_decode_attention(measure, device, threads, benchmark, dtype, impl):
-    benchmark.group = f"ragged_decode_attention-64k-{dtype}-threads{threads}"
+    benchmark.group = f"ragged_decode_attention-64k-{short(dtype)}"
     n = 1 << 16
     q = torch.randn(1, S.heads, S.head_width, device=device, dtype=dtype)
     k, v = torch.randn(2, 1, n, S.kv_heads, S.head_width, device=device, dtype=dtype).unbind()

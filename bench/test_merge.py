@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench import alternatives
+from bench.results import short
 from hico_kernels import bipartite_soft_matching, merge_tokens
 from hico_kernels.testing import SPECS, Sample
 from hico_kernels.testing.shapes import CLIPS
@@ -29,7 +30,7 @@ def implementation(name: str, benchmark):
 @SHAPES
 def test_merge_tokens(measure, device, threads, benchmark, shape, dtype, impl):
     s = CLIPS[shape]
-    benchmark.group = f"merge_tokens-{shape}x{N}-{dtype}-threads{threads}"
+    benchmark.group = f"merge_tokens-{shape}_x{N}-{short(dtype)}"
     x = torch.randn(N, s.tokens, s.channels, device=device, dtype=dtype)
     run = implementation(impl, benchmark)
     assert run(x, s.keep, s.heads).shape == (N, s.keep, s.channels)
@@ -45,7 +46,7 @@ def test_merge_tokens(measure, device, threads, benchmark, shape, dtype, impl):
 @SHAPES
 def test_merge_tokens_with_gradient(measure, device, threads, benchmark, shape, dtype, impl):
     s = CLIPS[shape]
-    benchmark.group = f"merge_tokens-gradient-{shape}x{N}-{dtype}-threads{threads}"
+    benchmark.group = f"merge_tokens_gradient-{shape}_x{N}-{short(dtype)}"
     x = torch.randn(N, s.tokens, s.channels, device=device, dtype=dtype, requires_grad=True)
     grad = torch.randn(N, s.keep, s.channels, device=device, dtype=dtype)
     run = implementation(impl, benchmark)
@@ -59,7 +60,7 @@ def test_merge_tokens_with_gradient(measure, device, threads, benchmark, shape, 
 
 @pytest.mark.parametrize("impl", ["hico", "eager"])
 def test_vit_block_step(measure, device, threads, benchmark, impl):
-    benchmark.group = f"vit_step-8x577x1024-r16-f32-threads{threads}"
+    benchmark.group = "vit_step-8x577x1024_r16-f32"
     metric, x = torch.randn(8, 577, 64, device=device), torch.randn(8, 577, 1024, device=device)
     sizes = torch.ones(8, 577, device=device)
 

@@ -15,7 +15,7 @@ VIDEOS = ["qwen2_256frames", "qwen2_10000frames"]
 @pytest.mark.parametrize("video", VIDEOS)
 def test_text_guided_scores(measure, device, threads, benchmark, video, rows, impl):
     s = LLMS[video]
-    benchmark.group = f"text_guided_scores-{video}-R{rows}-bf16-threads{threads}"
+    benchmark.group = f"text_guided_scores-{video}_R{rows}-bf16"
     q = torch.randn(rows, s.heads, s.head_width, device=device, dtype=torch.bfloat16)
     k = torch.randn(s.tokens, s.kv_heads, s.head_width, device=device, dtype=torch.bfloat16)
     cu_q, cu_k = cu_seqlens([rows], device), cu_seqlens([s.tokens], device)
@@ -37,7 +37,7 @@ def test_text_guided_scores(measure, device, threads, benchmark, video, rows, im
 @pytest.mark.parametrize("video", VIDEOS)
 def test_select_topk(measure, device, threads, benchmark, video, impl):
     n = LLMS[video].visual
-    benchmark.group = f"select_topk-{video}-half-threads{threads}"
+    benchmark.group = f"select_topk-{video}_half-f32"
     scores = torch.randn(n, device=device).softmax(0)
     cu = cu_seqlens([n], device)
     run = {
@@ -52,7 +52,7 @@ def test_select_topk(measure, device, threads, benchmark, video, impl):
 @pytest.mark.parametrize("video", VIDEOS)
 def test_uniform_indices(measure, device, threads, benchmark, video, impl):
     n = LLMS[video].visual
-    benchmark.group = f"uniform_indices-{video}-3of4-threads{threads}"
+    benchmark.group = f"uniform_indices-{video}_3of4-i64"
     run = {
         "hico": lambda: uniform_indices(n, 3 * n // 4, device=device),
         "linspace": lambda: torch.linspace(0, n - 1, 3 * n // 4, dtype=torch.long).to(device),
@@ -65,7 +65,7 @@ def test_uniform_indices(measure, device, threads, benchmark, video, impl):
 @pytest.mark.parametrize("video", ["qwen2_1000frames"])  # more than fits into a cache
 def test_gather_tokens(measure, device, threads, benchmark, video, impl):
     s = LLMS[video]
-    benchmark.group = f"gather_tokens-{video}-half-bf16-threads{threads}"
+    benchmark.group = f"gather_tokens-{video}_half-bf16"
     x = torch.randn(s.visual, s.channels, device=device).bfloat16()
     index = torch.randperm(s.visual, device=device)[: s.visual // 2].sort().values
     out = x.new_empty(len(index), s.channels)

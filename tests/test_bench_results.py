@@ -1,0 +1,100 @@
+"""What is kept of a benchmark run."""
+
+import json
+
+import pytest
+
+from bench import results
+from bench.results import Name
+
+
+def line(name, median, percent=50.0):
+    return {
+        "name": name,
+        "stats": {"min": median / 2, "median": median},
+        "extra_info": {"percent_of_floor": percent},
+    }
+
+
+def run(*lines, device="Some CPU, 2 CPUs"):
+    machine = {"device": device, "type": "cpu", "torch": "2.13.0", "limits": {"threads": [1, 2]}}
+    return {"machine_info": {**machine, "node": "my-host"}, "benchmarks": list(lines)}
+
+
+OPS = run(
+    line("merge-clip-f32-hico-t1", 0.00212345678),
+    line("merge-clip-f32-eager-t1", 0.004),
+    line("merge-clip-f32-compiled-t1", 0.001),
+    line("merge-clip-f32-hico-t2", 0.001, percent=0.0),
+    line("merge-clip-bf16-eager-t1", 0.5),
+)
+
+
+def test_names_are_read_as_they_are_written():
+    name = Name("merge", "clip_x16", "f32", "hico", 2)
+    assert str(name) == "merge-clip_x16-f32-hico-t2"
+    assert Name.parse(str(name)) == name
+    assert name.problem == "merge-clip_x16-f32-t2"
+    assert name._replace(threads=None).problem == "merge-clip_x16-f32"
+
+
+@pytest.mark.parametrize("text", ["merge", "merge-clip-f32", "a-b-c-d-t1-e", "a--c-d", ""])
+def test_other_names_are_refused(text):
+    with pytest.raises(ValueError, match="op-shape-dtype-impl"):
+        Name.parse(text)
+
+
+def test_a_run_becomes_one_small_file(tmp_path):
+    file, history = results.write(OPS, tmp_path)
+    assert file == tmp_path / "some-cpu-2-cpus" / "ops.json"
+    kept = json.loads(file.read_text())
+    assert kept["device"] == "Some CPU, 2 CPUs"
+    assert "my-host" not in file.read_text()
+    assert kept["results"][0] == {
+        "name": "merge-clip-f32-hico-t1",
+        "min_s": 0.001062,
+        "median_s": 0.002123,
+        "percent_of_floor": 50.0,
+        "times_as_fast": {"eager": 1.884, "compiled": 0.471},
+    }
+    assert kept["results"][3] == {
+        "name": "merge-clip-f32-hico-t2",
+        "min_s": 0.0005,
+        "median_s": 0.001,
+        "times_as_fast": {},
+    }
+    assert "times_as_fast" not in kept["results"][4]
+    medians = {"merge-clip-f32-hico-t1": 0.002123, "merge-clip-f32-hico-t2": 0.001}
+    assert json.loads(history.read_text())["results"][0]["median_s"] == medians
+
+
+def test_the_history_has_a_run_for_each_commit(tmp_path, monkeypatch):
+    for commit in ("aaa", "bbb", "bbb"):
+        monkeypatch.setattr(results, "commit", lambda commit=commit: commit)
+        _, history = results.write(OPS, tmp_path)
+    assert [x["commit"] for x in json.loads(history.read_text())["results"]] == ["aaa", "bbb"]
+    assert json.loads(history.with_name("ops.json").read_text())["commit"] == "bbb"
+
+
+def test_results_of_gpus_are_loaded_first(tmp_path):
+    results.write(OPS, tmp_path)
+    gpu = run(line("merge-clip-f32-hico", 0.1), device="Some GPU")
+    gpu["machine_info"]["type"] = "cuda"
+    results.write(gpu, tmp_path)
+    assert [x["device"] for x in results.load("ops", tmp_path)] == ["Some GPU", "Some CPU, 2 CPUs"]
+    assert results.load("tables", tmp_path) == []
+
+
+def test_kept_results_are_of_committed_code_and_have_names_that_are_read():
+    for kept in results.load("ops"):
+        assert not kept["commit"].endswith("+")
+        for entry in kept["results"]:
+            assert str(Name.parse(entry["name"])) == entry["name"]
+
+
+def test_the_device_is_named_without_its_host():
+    import platform
+
+    name = results.device_name("cpu")
+    assert name.endswith(" CPUs")
+    assert platform.node() not in name
