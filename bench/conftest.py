@@ -78,6 +78,9 @@ def _host_seconds(fn) -> float:
     return time.perf_counter() - start
 
 
+device_seconds = _cuda_seconds if DEVICE == "cuda" else _host_seconds
+
+
 @pytest.fixture
 def device() -> str:
     return DEVICE
@@ -102,14 +105,13 @@ def threads(request):
 @pytest.fixture
 def measure(benchmark, request):
     """Time `fn` and note its least time on this machine: what it must move and compute."""
-    seconds = _cuda_seconds if DEVICE == "cuda" else _host_seconds
     option = request.config.getoption
     turns = Turns(option("turns")) if option("turns") else contextlib.nullcontext()
 
     def run(fn, *, dtype: torch.dtype, bytes_: int = 0, flops: int = 0, rounds: int = 10):
         def once():
             with turns:
-                CLOCK.now += seconds(fn)
+                CLOCK.now += device_seconds(fn)
 
         _name(benchmark, request.node.callspec.params["impl"])
         benchmark.pedantic(once, rounds=option("rounds") or rounds, warmup_rounds=2)
@@ -125,6 +127,34 @@ def measure(benchmark, request):
         )
 
     return run
+
+
+@pytest.fixture
+def timed(request) -> bool:
+    """Whether times are kept, or the code is only run."""
+    return not request.config.getoption("benchmark_disable")
+
+
+@pytest.fixture
+def observe(benchmark, request, timed):
+    """Run `fn` once, with all threads when timed, and keep what it says; "seconds" is the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(limits.THREADS[-1] if timed else 1)
+
+    def run(fn) -> dict:
+        found = {}
+
+        def once():
+            found.update(fn())
+            CLOCK.now += found.pop("seconds")
+
+        _name(benchmark, request.node.callspec.params["impl"])
+        benchmark.extra_info["observed"] = found
+        benchmark.pedantic(once, rounds=1)
+        return found
+
+    yield run
+    torch.set_num_threads(before)
 
 
 def _name(benchmark, impl: str) -> None:

@@ -30,19 +30,19 @@ def _page(table: Table, *, markdown: bool) -> str:
     shown = [  # of each quantity, what any row has
         [
             name
-            for name in ("recomputed", "counted")
+            for name in ("paper", "recomputed", "counted", "measured")
             if any(getattr(c, name) is not None for c in own)
         ]
         for own in columns
     ]
     head = [*table.labels]
     for cell, names in zip(first, shown, strict=True):
-        head += [f"{cell.quantity} ({cell.unit}): paper", *names]
+        head += [f"{cell.quantity} ({cell.unit}): {names[0]}", *names[1:]]
     body = []
     for labels, cells in table.rows:
         line = [str(label) for label in labels]
         for cell, names in zip(cells, shown, strict=True):
-            line += [cell.paper or "", *(_figure(cell, name) for name in names)]
+            line += [_figure(cell, name) for name in names]
         body.append(line)
     left = [isinstance(x, str) for x in table.rows[0][0]] + [False] * (
         len(head) - len(table.labels)
@@ -59,8 +59,10 @@ def _page(table: Table, *, markdown: bool) -> str:
 
 def _figure(cell: Cell, name: str) -> str:
     value = getattr(cell, name)
-    if value is None:
-        return ""
+    if value is None or isinstance(value, str):  # as printed, or why there is none
+        return value or ""
+    if name == "measured":
+        return f"{value:.1f}" if value >= 10 else f"{value:.2g}"
     if name == "recomputed" and cell.unit == "GB" and memory_as_printed(value) == "oom":
         return f"oom ({value:.0f})"
     return as_printed(value) + ("*" if name == "recomputed" and cell.agrees is False else "")

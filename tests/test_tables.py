@@ -21,7 +21,9 @@ def own():
 
 
 def cells(table):
-    return [(labels, cell) for labels, cells in table.rows for cell in cells]
+    """Those with a formula."""
+    found = [(labels, cell) for labels, cells in table.rows for cell in cells]
+    return [(labels, cell) for labels, cell in found if cell.recomputed is not None]
 
 
 def test_every_printed_cell_of_table_1_is_there_and_one_does_not_agree(own):
@@ -29,7 +31,7 @@ def test_every_printed_cell_of_table_1_is_there_and_one_does_not_agree(own):
     assert len(own[1].rows) == len(TABLE1) + 4
     for line in TABLE1:
         want = [line.teraflops, line.train_gigabytes, line.infer_gigabytes]
-        assert printed[line.frames, line.model, line.tokens_per_frame] == want
+        assert printed[line.frames, line.model, line.tokens_per_frame] == [*want, None]
     known = [(labels, cell) for labels, cell in cells(own[1]) if cell.paper]
     assert len(known) == 36
     ((labels, outlier),) = [(labels, cell) for labels, cell in known if not cell.agrees]
@@ -42,7 +44,7 @@ def test_real_16_tokens_stand_beside_the_printed_14(own):
     assert flash == [(n, "VideoChat-Flash", k) for n in (64, 256, 1000, 10000) for k in (14, 16)]
     for labels, row in own[1].rows:
         if labels[2] == 16:
-            assert [(c.paper, c.agrees) for c in row] == [(None, None)] * 3
+            assert [(c.paper, c.agrees) for c in row] == [(None, None)] * 4
     values = {labels: row[0].recomputed for labels, row in own[1].rows}
     assert values[10000, "VideoChat-Flash", 16] == pytest.approx(19967.3, abs=0.05)
 
@@ -110,13 +112,75 @@ def test_text_and_markdown_show_the_same(own):
 def test_csv_and_json_have_every_cell_unrounded(own):
     found = list(own.values())
     rows = list(csv.DictReader(io.StringIO(render(found, "csv"))))
-    assert len(rows) == 16 * 3 + 5 + 7
+    assert len(rows) == 16 * 4 + 5 * 2 + 7 * 2
     assert float(rows[0]["recomputed"]) == found[0].rows[0][1][0].recomputed
     data = json.loads(render(found, "json"))
     assert [t["table"] for t in data] == [1, 5, 7]
     assert [t["convention"] for t in data] == ["paper", None, "profiler"]
     assert data[2]["rows"][6]["cells"][0]["paper"] == "245.8"
     assert data[2]["rows"][6]["layer"] == "4, 18"
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder with the results of a CPU and of a GPU that ran three of the measurements."""
+    entries = [
+        {"name": "first_token-64frames-bf16-longva", "first_token_s": 0.61, "peak_gb": 21.37},
+        {"name": "first_token-1000frames-bf16-longvila", "oom_at_gb": 80.0},
+        {"name": "dropping-1000frames-bf16-uniform4x0.75_text18x0.25", "first_token_s": 1.234},
+        {"name": "encoder-8frames-bf16-umt_l", "latency_s": 0.01234},
+    ]
+    for kind, found in (("cpu", [e | {"first_token_s": 99.0} for e in entries]), ("cuda", entries)):
+        folder = tmp_path / f"some-{kind}"
+        folder.mkdir()
+        head = {"device": f"Some {kind}", "type": kind, "commit": "abc", "date": "2026-01-01"}
+        (folder / "tables.json").write_text(json.dumps({**head, "results": found}))
+    return tmp_path
+
+
+def test_what_a_gpu_measured_stands_beside_and_the_rest_is_not_measured(results):
+    one, five, seven = tables(results=results)
+    measured = {
+        (t.number, *labels, c.quantity): c.measured
+        for t in (one, five, seven)
+        for labels, row in t.rows
+        for c in row
+    }
+    given = {k: v for k, v in measured.items() if v not in (None, "not measured")}
+    assert given == {
+        (1, 64, "LongVA", 144, "infer"): 21.37,
+        (1, 64, "LongVA", 144, "first token"): 0.61,
+        (1, 1000, "LongVILA", 196, "infer"): "oom",
+        (1, 1000, "LongVILA", 196, "first token"): "oom",
+        (5, "UMT-L@224", "24 blocks, 8 frames in one pass", "latency"): pytest.approx(12.34),
+        (7, "uniform/0.75, attention/0.25", "4, 18", "first token"): 1.234,
+    }
+    assert measured[1, 64, "VideoChat-Flash", 14, "first token"] is None
+    assert measured[1, 64, "VideoChat-Flash", 16, "first token"] == "not measured"
+    text = render([one, five, seven], "text")
+    assert text.count("Some cuda, commit abc, 2026-01-01") == 3
+    assert "99" not in text.split("measured:")[1]
+    line = next(x for x in text.splitlines() if "LongVA" in x)
+    assert line.split()[-2:] == ["21.4", "0.61"]
+
+
+def test_without_results_nothing_is_measured(tmp_path):
+    for table in tables(results=tmp_path / "none"):
+        for _, row in table.rows:
+            assert {c.measured for c in row} <= {None, "not measured"}
+        assert any("nothing so far" in note for note in table.notes)
+
+
+def test_the_measurements_are_called_as_the_tables_call_them():
+    pytest.importorskip("pytest_benchmark")
+    from bench import measured
+    from hico_model.tables import MEASURED, plan_name, plan_of
+
+    assert set(MEASURED.values()) <= set(measured.systems("cuda"))
+    names = {plan_name(plan_of(line)) for line in TABLE7}
+    assert len(names) == len(TABLE7)
+    for (_, tokens), name in MEASURED.items():
+        assert measured.systems("cuda")[name].tokens_per_frame == tokens
 
 
 def test_the_command(capsys):
