@@ -11,10 +11,12 @@ from hico_kernels.merge import Matching, MergedTokens, bipartite_soft_matching, 
 from hico_kernels.native import load as _load
 from hico_kernels.patch import (
     DropPlan,
+    PerFrame,
     TextTopK,
     Uniform,
     UnsupportedModel,
     compress,
+    presets,
     selfcheck,
     supports,
 )
@@ -25,6 +27,7 @@ __all__ = [
     "DropPlan",
     "Matching",
     "MergedTokens",
+    "PerFrame",
     "TextTopK",
     "Uniform",
     "UnsupportedModel",
@@ -33,6 +36,7 @@ __all__ = [
     "gather_tokens",
     "merge_tokens",
     "patch",
+    "presets",
     "ragged_attention",
     "ragged_decode_attention",
     "select_topk",

@@ -240,10 +240,10 @@ def cost(
         plan.check_layers(decoder.layers)
     visual, prefill = frames * tokens_per_frame, convention.startswith("prefill")
     if plan is not None and convention == "profiler":
-        counts = plan.counts(visual + text)
+        counts = plan.counts(visual + text, frames)
         rows = rows_per_layer(visual + text, 0, decoder.layers, counts)
     else:
-        counts = drops if plan is None else plan.counts(visual)
+        counts = drops if plan is None else plan.counts(visual, frames)
         rows = rows_per_layer(visual, text, decoder.layers, counts)
 
     causal = convention == "prefill_causal"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hico_kernels import DropPlan, TextTopK, Uniform
+from hico_kernels import DropPlan, PerFrame, TextTopK, Uniform
 
 PAPER = DropPlan({4: Uniform(keep=0.75), 18: TextTopK(keep=0.25)})
 
@@ -33,6 +33,14 @@ def test_a_count_keeps_at_most_that_many_and_never_brings_tokens_back():
 
 def test_keeping_everything_is_a_ratio_of_one():
     assert DropPlan({0: TextTopK(1.0)}).counts(77) == {0: 77}
+
+
+def test_a_number_per_frame_is_a_budget_of_the_sequence():
+    plan = DropPlan({0: Uniform(PerFrame(16)), 2: TextTopK(0.25), 3: TextTopK(PerFrame(1))})
+    assert plan.counts(1000, 20) == {0: 320, 2: 250, 3: 20}
+    assert plan.counts(100, 20) == {0: 100, 2: 25, 3: 20}
+    with pytest.raises(ValueError, match="num_frames must be given for a plan with PerFrame"):
+        plan.counts(1000)
 
 
 def test_a_plan_without_drops_counts_nothing():
@@ -65,7 +73,7 @@ def test_plans_and_rules_cannot_be_changed():
 RULES = st.builds(
     lambda rule, keep: rule(keep),
     st.sampled_from([Uniform, TextTopK]),
-    st.integers(1, 10**6),
+    st.integers(1, 10**6) | st.builds(PerFrame, st.integers(1, 99)),
 )
 
 
@@ -78,7 +86,7 @@ def test_json_gives_an_equal_plan_back(drops, positions):
     again = DropPlan.from_json(plan.to_json())
     assert again == plan
     assert hash(again) == hash(plan)
-    assert again.counts(5000) == plan.counts(5000)
+    assert again.counts(5000, 7) == plan.counts(5000, 7)
 
 
 def test_json_keeps_ratios_and_counts_apart():
@@ -102,12 +110,14 @@ WRONG = {
     ),
     "ValueError: TextTopK: keep as a ratio must be in (0, 1], got -0.1": lambda: TextTopK(-0.1),
     "ValueError: TextTopK: keep as a count must be at least 1, got 0": lambda: TextTopK(0),
-    "TypeError: Uniform: keep must be a ratio (float) or a count (int), got True": (
+    "TypeError: Uniform: keep must be a ratio (float), a count (int) or PerFrame, got True": (
         lambda: Uniform(True)
     ),
-    "TypeError: TextTopK: keep must be a ratio (float) or a count (int), got '0.5'": (
+    "TypeError: TextTopK: keep must be a ratio (float), a count (int) or PerFrame, got '0.5'": (
         lambda: TextTopK("0.5")
     ),
+    "TypeError: PerFrame: tokens must be an int, got 1.5": lambda: PerFrame(1.5),
+    "ValueError: PerFrame: tokens must be at least 1, got 0": lambda: PerFrame(0),
     "ValueError: drops: a layer must be >= 0, got -1": lambda: DropPlan({-1: Uniform(0.5)}),
     "TypeError: drops must map layers to rules, got [4]": lambda: DropPlan([4]),
     "TypeError: drops: a layer must be an int, got '4'": lambda: DropPlan({"4": Uniform(0.5)}),

@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from hico_kernels.patch import presets
 from hico_kernels.patch.families import UnsupportedModel, take_apart, why_not_renumber
-from hico_kernels.patch.plan import DropPlan, TextTopK, Uniform
+from hico_kernels.patch.plan import DropPlan, PerFrame, TextTopK, Uniform
 
 if TYPE_CHECKING:
     from hico_kernels.patch.handle import Handle
 
 __all__ = [
     "DropPlan",
+    "PerFrame",
     "TextTopK",
     "Uniform",
     "UnsupportedModel",
     "compress",
+    "presets",
     "selfcheck",
     "supports",
 ]

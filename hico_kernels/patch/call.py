@@ -27,6 +27,7 @@ class Call:
     mask: Tensor | None  # what the decoder was given: 2D, 4D or None
     prompt: Prompt | None  # None: nothing to drop in this call
     clock: Clock
+    frames: list[int] | None = None  # of each sequence, for plans that count by them
     rows: Rows | None = None  # None until the first drop
     counts: list[dict[int, int]] = field(default_factory=list)  # per row: layer -> visual kept
     kept: dict[int, Rows] = field(default_factory=dict)  # what each drop left
@@ -36,7 +37,11 @@ class Call:
 
     def __post_init__(self) -> None:
         if self.prompt is not None:
-            self.counts = [self.plan.counts(n) for n in self.prompt.num_visual]
+            frames = self.frames or [None] * self.batch
+            self.counts = [
+                self.plan.counts(n, own)
+                for n, own in zip(self.prompt.num_visual, frames, strict=True)
+            ]
 
     @property
     def drops(self) -> bool:

@@ -9,6 +9,7 @@ from hico_kernels.patch.masked import masked
 from hico_kernels.patch.plan import DropPlan, TextTopK, Uniform
 
 VISUAL = slice(6, 38)  # of a prompt of LENGTH tokens, in two sequences, one of them padded
+FRAMES = 4  # that the visual tokens are said to come from
 LENGTH, STEPS = 48, 3
 _ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -73,7 +74,7 @@ def _decode(
 ) -> Tensor:
     """The last hidden state of the prompt and of each token after it, with a cache."""
     decoder = handle.parts.decoder
-    handle.announce(visual)
+    handle.announce(visual, [FRAMES] * len(visual))
     out = decoder(
         inputs_embeds=embeds[:, :LENGTH], attention_mask=mask[:, :LENGTH], use_cache=True, **extra
     )

@@ -20,6 +20,7 @@ from hico_kernels.patch.families import (
     why_not_attention,
     why_not_renumber,
 )
+from hico_kernels.patch.frames import frames
 from hico_kernels.patch.masks import real_tokens
 from hico_kernels.patch.places import places
 from hico_kernels.patch.plan import DropPlan
@@ -99,12 +100,13 @@ class Handle:
             "the plan is in model.config.hico (DropPlan.from_json)"
         )
 
-    def announce(self, visual: Tensor) -> None:
+    def announce(self, visual: Tensor, frames: list[int] | None = None) -> None:
         """Say which tokens are visual, [B, q] bool, before calling the language model itself.
 
         Only for code that makes `inputs_embeds` of its own; the model's own forward finds them.
+        frames: of each sequence, where the plan counts by them.
         """
-        self._local.visual = visual
+        self._local.visual, self._local.frames = visual, frames
 
     @property
     def kept(self) -> dict[int, list[Tensor]]:
@@ -153,17 +155,20 @@ class Handle:
 
     def _before_inner(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = _named(module, args, kwargs)
-        self._local.visual = places(self.parts, given)
+        visual = self._local.visual = places(self.parts, given)
+        by_frame = visual is not None and self.plan.per_frame
+        self._local.frames = frames(self.parts, given, visual) if by_frame else None
         self._local.padding = given.get("attention_mask")
 
     def _after_inner(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._local.visual = self._local.padding = None
+        self._local.visual = self._local.frames = self._local.padding = None
         self._local.labels = self._local.answers = None
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = _named(module, args, kwargs)
         local, self._local.call = self._local, None
         visual, local.visual = getattr(local, "visual", None), None
+        frames_of, local.frames = getattr(local, "frames", None), None
         entering = given.get("inputs_embeds")
         entering = given.get("input_ids") if entering is None else entering
         batch, length = entering.shape[:2]
@@ -176,7 +181,7 @@ class Handle:
             real = real_tokens(mask, past, past + length, past + length)
             answers = getattr(local, "answers", None)
             prompt = Prompt.count(visual, real, answers if isinstance(answers, int) else 1)
-        call = Call(self.plan, module, batch, length, mask, prompt, Clock())
+        call = Call(self.plan, module, batch, length, mask, prompt, Clock(), frames_of)
         if call.drops:
             self._check_call(given)
         if prompt is not None:

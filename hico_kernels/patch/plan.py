@@ -13,10 +13,32 @@ from typing import Literal, get_args
 Positions = Literal["keep", "renumber"]
 
 
+@dataclass(frozen=True)
+class PerFrame:
+    """As `keep`: `tokens` visual tokens for every frame of the prompt, an int of at least 1. It is
+    a budget of the whole sequence, tokens x frames; the rule says which ones stay.
+
+    A frame is one time step that the language model sees (Qwen-VL makes one of two pictures).
+    """
+
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int):
+            raise TypeError(f"PerFrame: tokens must be an int, got {self.tokens!r}")
+        if self.tokens < 1:
+            raise ValueError(f"PerFrame: tokens must be at least 1, got {self.tokens}")
+
+
+Keep = float | int | PerFrame
+
+
 def _check_keep(self: "Rule") -> None:
     rule, keep = type(self).__name__, self.keep
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise TypeError(f"{rule}: keep must be a ratio (float) or a count (int), got {keep!r}")
+    if isinstance(keep, bool) or not isinstance(keep, Keep):
+        raise TypeError(
+            f"{rule}: keep must be a ratio (float), a count (int) or PerFrame, got {keep!r}"
+        )
     if isinstance(keep, float) and not 0 < keep <= 1:
         raise ValueError(f"{rule}: keep as a ratio must be in (0, 1], got {keep}")
     if isinstance(keep, int) and keep < 1:
@@ -26,11 +48,11 @@ def _check_keep(self: "Rule") -> None:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Keep visual tokens at even spacing. keep: ratio in (0, 1] (float) or a count (int) per
-    sequence.
+    """Keep visual tokens at even spacing. keep: ratio in (0, 1] (float), a count (int) per
+    sequence, or `PerFrame`.
     """
 
-    keep: float | int
+    keep: Keep
     is_ratio: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -41,7 +63,7 @@ class Uniform:
 class TextTopK:
     """Keep the visual tokens that the last prompt token attends to most. keep: as in `Uniform`."""
 
-    keep: float | int
+    keep: Keep
     is_ratio: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,24 +123,48 @@ class DropPlan:
                 layers = f"the model has layers 0 to {num_layers - 1}"
                 raise ValueError(f"drops: layer {layer} is out of range, {layers}")
 
-    def counts(self, num_visual: int) -> dict[int, int]:
-        """Visual tokens that stay at each drop layer, for a prompt with `num_visual` of them
-        (host ints).
+    @property
+    def per_frame(self) -> bool:
+        """Whether `counts` needs the number of frames."""
+        return any(isinstance(rule.keep, PerFrame) for rule in self.drops.values())
+
+    def counts(self, num_visual: int, num_frames: int | None = None) -> dict[int, int]:
+        """Visual tokens that stay at each drop layer, for a prompt with `num_visual` of them in
+        `num_frames` frames (host ints). Raises `ValueError` for `PerFrame` without the frames.
         """
+        if self.per_frame and num_frames is None:
+            raise ValueError("num_frames must be given for a plan with PerFrame, got None")
         left, out = num_visual, {}
         for layer, rule in self.drops.items():
-            want = int(num_visual * rule.keep) if rule.is_ratio else rule.keep
+            if isinstance(rule.keep, PerFrame):
+                want = rule.keep.tokens * num_frames
+            else:
+                want = int(num_visual * rule.keep) if rule.is_ratio else rule.keep
             left = out[layer] = min(left, want)
         return out
 
     def to_json(self) -> str:
         """As text, for a model's config; `from_json` gives an equal plan back."""
-        drops = {str(k): {"rule": type(r).__name__, "keep": r.keep} for k, r in self.drops.items()}
+        drops = {
+            str(layer): {"rule": type(rule).__name__, "keep": _keep_to_json(rule.keep)}
+            for layer, rule in self.drops.items()
+        }
         return json.dumps({"drops": drops, "positions": self.positions})
 
     @classmethod
     def from_json(cls, text: str) -> "DropPlan":
         """The plan that `to_json` wrote."""
         data = json.loads(text)
-        drops = {int(k): _RULES[r["rule"]](r["keep"]) for k, r in data["drops"].items()}
+        drops = {
+            int(layer): _RULES[rule["rule"]](_keep_from_json(rule["keep"]))
+            for layer, rule in data["drops"].items()
+        }
         return cls(drops, data["positions"])
+
+
+def _keep_to_json(keep: Keep) -> float | int | dict[str, int]:
+    return {"per_frame": keep.tokens} if isinstance(keep, PerFrame) else keep
+
+
+def _keep_from_json(keep: float | int | dict[str, int]) -> Keep:
+    return PerFrame(keep["per_frame"]) if isinstance(keep, dict) else keep
