@@ -1,6 +1,6 @@
 """One forward call of a patched decoder: what is dropped in it, and what each layer is told."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +32,10 @@ class Call:
     counts: list[dict[int, int]] = field(default_factory=list)  # per row: layer -> visual kept
     kept: dict[int, Rows] = field(default_factory=dict)  # what each drop left
     widths: list[int] = field(default_factory=list)  # rows that each layer was given
+    over: bool = False  # the decoder has returned
+    _steps: dict[int, tuple[Rows | None, Tensor | None]] = field(default_factory=dict)
     _placed: tuple[Tensor, Tensor] | None = None  # renumbered tables of the layer before
-    _once: dict[tuple, tuple] = field(default_factory=dict)
+    _once: dict[Hashable, list[tuple[tuple, Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.prompt is not None:
@@ -49,16 +51,21 @@ class Call:
         visual = self.prompt.num_visual if self.prompt is not None else []
         return any(min(c.values(), default=n) < n for c, n in zip(self.counts, visual, strict=True))
 
+    def finish(self) -> None:
+        """The decoder has returned; gradient checkpointing may still run its layers again."""
+        self.over = True
+        self._once.clear()
+        self._placed = None
+
     def before_layer(
         self, index: int, layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         """New arguments for a decoder layer; None leaves them alone."""
         hidden = args[0] if args else kwargs["hidden_states"]
         new = dict(kwargs)
-        if index in self.plan.drops and self.prompt is not None:
-            hidden = self._drop(index, layer, hidden, kwargs["position_embeddings"])
-        self.widths.append(hidden.shape[1])
-        store = layer_of(kwargs.get("past_key_values"), index, self.rows is not None)
+        hidden = self._left(index, layer, hidden, kwargs["position_embeddings"])
+        cache = None if is_checkpointed(layer) else kwargs.get("past_key_values")
+        store = layer_of(cache, index, self.rows is not None)
         if self.rows is None and store is None:
             return None
         past = 0 if store is None else int(store.get_seq_length())
@@ -77,13 +84,36 @@ class Call:
             return (hidden, *args[1:]), new
         return args, {**new, "hidden_states": hidden}
 
-    def _drop(
+    def _left(
         self, index: int, layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor]
     ) -> Tensor:
+        """The rows that the layer sees.
+
+        Decided once: gradient checkpointing runs the layers again, the last one first.
+        """
+        if index not in self._steps:
+            source = None
+            if index in self.plan.drops and self.prompt is not None:
+                source = self._drop(index, layer, hidden, embeddings)
+            self._steps[index] = (self.rows, source)
+            self.widths.append(hidden.shape[1] if self.rows is None else len(self.rows))
+        rows, source = self._steps[index]
+        if rows is not self.rows:
+            self.rows = rows
+            self._once.clear()
+        if source is None:
+            return hidden
+        with self.clock.time("compacting", hidden.device):
+            return gather_tokens(hidden.flatten(0, 1), source).unflatten(0, (self.batch, -1))
+
+    def _drop(
+        self, index: int, layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor]
+    ) -> Tensor | None:
+        """Choose what stays: the flat row that each place is filled from; None: everything."""
         rows = self.rows if self.rows is not None else Rows.whole(self.prompt)
         keep = [counts[index] for counts in self.counts]
         if keep == rows.visual:
-            return hidden
+            return None
         slots = rows.visual_slots(self.prompt)
         if isinstance(self.plan.drops[index], Uniform):
             chosen = evenly(slots, rows.visual, keep)
@@ -92,10 +122,9 @@ class Call:
                 chosen = self._best(layer, hidden, embeddings, rows, slots, keep)
         with self.clock.time("compacting", hidden.device):
             self.rows, source = rows.after(self.prompt, chosen, keep)
-            hidden = gather_tokens(hidden.flatten(0, 1), source).unflatten(0, (self.batch, -1))
         self._once.clear()
         self.kept[index] = self.rows
-        return hidden
+        return source
 
     def _best(
         self,
@@ -115,13 +144,13 @@ class Call:
 
     def _extend(self, store: Any, past: int, device: torch.device) -> tuple[Columns, Columns]:
         """The columns that the layer attends to, and those of them that are this call's."""
-        queries = self._remember(("queries", past), lambda: self._queries(past, device))
+        queries = self._remember(("queries", past), (), lambda: self._queries(past, device))
         if store is None:
             return queries, queries
         old = store.columns
         if old is None:
             held = store.stored()
-            old = self._remember(("old", past, held), lambda: self._before(past, held, device))
+            old = self._remember(("old", past, held), (), lambda: self._before(past, held, device))
         store.extend(old, queries, past + self.length)
         return store.columns, queries
 
@@ -157,7 +186,8 @@ class Call:
         attention = self.decoder.config._attn_implementation
         capacity = getattr(store, "max_cache_len", None)
         return self._remember(
-            ("mask", id(mask), id(queries), id(keys)),
+            "mask",
+            (mask, queries, keys),
             lambda: layer_mask(
                 mask,
                 queries,
@@ -170,9 +200,6 @@ class Call:
                 dtype=hidden.dtype,
                 eager=attention == "eager",
             ),
-            mask,
-            queries,
-            keys,
         )
 
     def _embeddings(
@@ -181,7 +208,7 @@ class Call:
         """Rotary tables of the tokens that are left: their own, or those of 0..len-1 anew."""
         if self.plan.positions == "renumber":
             self._placed = self._remember(
-                ("renumbered", id(columns)), lambda: self._renumbered(columns, hidden), columns
+                "renumbered", (columns,), lambda: self._renumbered(columns, hidden)
             )
             return self._placed
         return tables if self.rows is None else self._taken(tables)
@@ -193,16 +220,24 @@ class Call:
     def _taken(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         index = self.rows.index
         return self._remember(
-            ("tables", id(tables[0])),
-            lambda: (_take(tables[0], index), _take(tables[1], index)),
-            tables,
+            "tables", (tables[0],), lambda: (_take(tables[0], index), _take(tables[1], index))
         )
 
-    def _remember(self, key: tuple, make: Callable[[], Any], *alive: object) -> Any:
-        """`make()` once per stage; `alive` keeps what the key names by id from being freed."""
-        if key not in self._once:
-            self._once[key] = (make(), alive)
-        return self._once[key][0]
+    def _remember(self, name: Hashable, given: tuple, make: Callable[[], Any]) -> Any:
+        """`make()` once for the same objects `given`, until the next drop."""
+        if self.over:  # what is made again in the backward pass is needed once
+            return make()
+        known = self._once.setdefault(name, [])
+        for objects, value in known:
+            if all(a is b for a, b in zip(objects, given, strict=True)):
+                return value
+        known.append((given, make()))
+        return known[-1][1]
+
+
+def is_checkpointed(layer: nn.Module) -> bool:
+    """Whether the layer runs again in the backward pass. It is given no cache then."""
+    return layer.training and getattr(layer, "gradient_checkpointing", False)
 
 
 def _take(table: Tensor, index: Tensor) -> Tensor:

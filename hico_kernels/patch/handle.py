@@ -2,14 +2,14 @@
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from hico_kernels.patch.call import Call
+from hico_kernels.patch.call import Call, is_checkpointed
 from hico_kernels.patch.clock import Clock
 from hico_kernels.patch.columns import check_cache
 from hico_kernels.patch.deepstack import with_deepstack
@@ -21,6 +21,7 @@ from hico_kernels.patch.families import (
     why_not_renumber,
 )
 from hico_kernels.patch.frames import frames
+from hico_kernels.patch.loss import why_not_labels, with_loss
 from hico_kernels.patch.masks import real_tokens
 from hico_kernels.patch.places import places
 from hico_kernels.patch.plan import DropPlan
@@ -64,6 +65,7 @@ class Handle:
         self._last: Call | None = None  # the last call with visual tokens, for the report
         self._hooks = self._hook()
         self._undo = with_deepstack(parts.decoder, lambda: self._call)
+        self._undo_loss: Callable[[], None] | None = None
         self._saved = getattr(model.config, "hico", None)
         self._set(plan)
 
@@ -82,6 +84,9 @@ class Handle:
             hook.remove()
         self._undo()
         self._hooks, self._undo = [], lambda: None
+        if self._undo_loss is not None:
+            self._undo_loss()
+            self._undo_loss = None
         if getattr(self.model.config, "hico", None) is not self._saved:
             if self._saved is None:
                 del self.model.config.hico
@@ -106,7 +111,7 @@ class Handle:
         Only for code that makes `inputs_embeds` of its own; the model's own forward finds them.
         frames: of each sequence, where the plan counts by them.
         """
-        self._local.visual, self._local.frames = visual, frames
+        self._local.announced = visual, frames
 
     @property
     def kept(self) -> dict[int, list[Tensor]]:
@@ -150,50 +155,49 @@ class Handle:
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = _named(module, args, kwargs)
-        self._local.labels = given.get("labels") is not None
-        self._local.answers = given.get("logits_to_keep")
+        self._local.labels, self._local.answers = given.get("labels"), given.get("logits_to_keep")
 
     def _before_inner(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = _named(module, args, kwargs)
-        visual = self._local.visual = places(self.parts, given)
+        visual = places(self.parts, given)
         by_frame = visual is not None and self.plan.per_frame
-        self._local.frames = frames(self.parts, given, visual) if by_frame else None
-        self._local.padding = given.get("attention_mask")
+        frames_of = frames(self.parts, given, visual) if by_frame else None
+        self._local.call = self._begin(given, visual, frames_of)
 
     def _after_inner(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._local.visual = self._local.frames = self._local.padding = None
-        self._local.labels = self._local.answers = None
+        self._local.call = self._local.labels = self._local.answers = None
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = _named(module, args, kwargs)
-        local, self._local.call = self._local, None
-        visual, local.visual = getattr(local, "visual", None), None
-        frames_of, local.frames = getattr(local, "frames", None), None
+        local = self._local
+        if getattr(local, "call", None) is None:  # not called by the model around it
+            announced, local.announced = getattr(local, "announced", None), None
+            local.call = self._begin(_named(module, args, kwargs), *announced or (None, None))
+
+    def _begin(
+        self, given: dict[str, Any], visual: Tensor | None, frames_of: list[int] | None
+    ) -> Call:
+        """What this call drops, from the arguments of the model or of its decoder."""
+        local, cache = self._local, given.get("past_key_values")
         entering = given.get("inputs_embeds")
         entering = given.get("input_ids") if entering is None else entering
         batch, length = entering.shape[:2]
-        mask = self._padding(given.get("attention_mask"))
+        mask = given.get("attention_mask")
+        mask = mask.get("full_attention") if isinstance(mask, dict) else mask
         prompt = None
         if visual is not None:
             visual = visual.to(entering.device)
             total = mask.shape[-1] if mask is not None and mask.dim() == 2 else None
-            past = self._past(given.get("past_key_values"), length, total)
+            past = self._past(cache, length, total)
             real = real_tokens(mask, past, past + length, past + length)
-            answers = getattr(local, "answers", None)
-            prompt = Prompt.count(visual, real, answers if isinstance(answers, int) else 1)
-        call = Call(self.plan, module, batch, length, mask, prompt, Clock(), frames_of)
+            answers, labels = getattr(local, "answers", None), getattr(local, "labels", None)
+            answers = answers if isinstance(answers, int) else 1
+            prompt = Prompt.count(visual, real, answers, labels)
+        call = Call(self.plan, self.parts.decoder, batch, length, mask, prompt, Clock(), frames_of)
         if call.drops:
-            self._check_call(given)
+            self._check_call(cache)
         if prompt is not None:
             self._last = call
-        local.call = call
-
-    def _padding(self, mask: Any) -> Tensor | None:
-        """The mask that tells padding: 2D where the model was given one."""
-        outer = getattr(self._local, "padding", None)
-        if torch.is_tensor(outer) and outer.dim() == 2:
-            return outer
-        return mask.get("full_attention") if isinstance(mask, dict) else mask
+        return call
 
     @staticmethod
     def _past(cache: Any, length: int, total: int | None) -> int:
@@ -201,26 +205,30 @@ class Handle:
             return total - length
         return 0 if cache is None else int(cache.get_seq_length())
 
-    def _check_call(self, given: dict[str, Any]) -> None:
+    def _check_call(self, cache: Any) -> None:
         """What cannot be right once tokens are missing."""
-        decoder = self.parts.decoder
-        reason = why_not_attention(decoder)
+        reason = why_not_attention(self.parts.decoder)
         if reason is not None:
             raise UnsupportedModel(f"model: {reason}")
-        if getattr(self._local, "labels", False):
-            raise ValueError(
-                "labels: the logits of a patched model are shorter than the labels; "
-                "take the loss of the last logits yourself, or keep=1.0"
-            )
         if torch.is_tensor(getattr(self._local, "answers", None)):
             raise ValueError("logits_to_keep must be an int when tokens are dropped, got a tensor")
-        if decoder.training and getattr(decoder, "gradient_checkpointing", False):
-            raise ValueError("model: gradient checkpointing with dropped tokens is not supported")
-        if given.get("past_key_values") is not None:
-            check_cache(given["past_key_values"])
+        if getattr(self._local, "labels", None) is not None:
+            self._follow_labels()
+        if cache is not None:
+            check_cache(cache)
+
+    def _follow_labels(self) -> None:
+        if self._undo_loss is None:
+            reason = why_not_labels(self.model)
+            if reason is not None:
+                raise ValueError(f"labels: {reason}")
+            self._undo_loss = with_loss(self.model, lambda: self._local.left)
 
     def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._local.call = None
+        call, self._local.call = self._local.call, None
+        if call is not None:
+            self._local.left = call.rows
+            call.finish()
 
 
 class _BeforeLayer:
@@ -231,6 +239,11 @@ class _BeforeLayer:
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         call = self.handle._call
+        if is_checkpointed(layer):
+            # Before 5.23 transformers runs hooks again in the backward pass, when the call is over,
+            # with the same rotary tables.
+            table = kwargs["position_embeddings"][0]
+            call = table.hico_call = getattr(table, "hico_call", call)
         return None if call is None else call.before_layer(self.index, layer, args, kwargs)
 
 

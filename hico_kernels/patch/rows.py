@@ -12,6 +12,8 @@ from torch import Tensor
 
 from hico_kernels.select import select_topk, uniform_indices
 
+IGNORED = -100  # what torch's cross entropy, and so transformers, takes for no label
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -27,21 +29,33 @@ class Prompt:
     padded: bool  # padding remains when that in front is gone
 
     @classmethod
-    def count(cls, visual: Tensor, real: Tensor | None, answers: int) -> "Prompt | None":
-        """None when there is no visual token. answers: logits asked for; the last prompt token is
-        the one before the first answer, as in assisted decoding, where guesses follow the prompt.
+    def count(
+        cls, visual: Tensor, real: Tensor | None, answers: int = 1, labels: Tensor | None = None
+    ) -> "Prompt | None":
+        """None when there is no visual token.
+
+        answers: logits asked for; the last prompt token is the one before the first answer, as in
+        assisted decoding, where guesses follow the prompt. labels [B, q]: the same in training, the
+        token before the first label behind the visual tokens.
         """
         length, device = visual.shape[1], visual.device
-        both = visual[None] if real is None else torch.stack([visual, real])
-        both = both.cpu()  # the only synchronisation: the tokens are counted here
-        vis, ok = both[0], both[-1] | both[0]
+        both = [visual, visual if real is None else real]
+        if labels is not None:
+            both.append((labels != IGNORED).to(device))
+        both = torch.stack(both).cpu()  # the only synchronisation: the tokens are counted here
+        vis, ok = both[0], both[1] | both[0]
         if real is None:
             ok = torch.ones_like(vis)
         if not bool(vis.any()):
             return None
         at = torch.arange(length)
         lead = torch.where(ok.any(1), ok.long().argmax(1), length)
-        end = torch.where(vis, at, 0).amax(1).clamp(min=length - max(answers, 1))
+        end = torch.where(vis, at, 0).amax(1)  # the last visual token, or what follows it
+        if labels is None:
+            end = end.clamp(min=length - max(answers, 1))
+        else:
+            labelled = both[2] & (at > end[:, None])
+            end = end.maximum(torch.where(labelled, at, length).amin(1) - 1)
         heard = ok & (at <= end[:, None])
         asking = torch.where(heard, at, 0).amax(1)
         num_visual = vis.sum(1)
@@ -65,6 +79,9 @@ class Rows:
     valid: Tensor  # [B, L] bool, False in front of the shorter rows
     full: bool  # all valid, known on the host
     visual: list[int]  # visual tokens left in each row
+
+    def __len__(self) -> int:
+        return self.index.shape[1]
 
     @classmethod
     def whole(cls, prompt: Prompt) -> "Rows":
