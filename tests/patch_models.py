@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hico_kernels.patch.masked import masked
 
-VOCAB, IMAGE, VIDEO = 97, 90, 91
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+VOCAB, IMAGE, VIDEO, START = 97, 90, 91, 92  # START: where the Qwens look for a video
 QWEN_VISION = {
     "depth": 1,
     "embed_dim": 16,
@@ -53,8 +54,10 @@ def text(kind: str, **more: Any) -> dict[str, Any]:
 
 def mrope(sections: list[int], **more: Any) -> dict[str, Any]:
     """Rotary positions of time, height and width."""
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, **more}
-    return {"rope_parameters": rope}
+    rope = {"rope_type": "default", "mrope_section": sections, **more}
+    if VERSION < (5, 0):
+        return {"rope_theta": 1e4, "rope_scaling": rope}
+    return {"rope_parameters": {"rope_theta": 1e4, **rope}}
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def _qwen2_vl(**more: Any) -> Any:
     return transformers.Qwen2VLConfig(
         text_config=config,
         vision_config=QWEN_VISION,
-        vision_start_token_id=92,
+        vision_start_token_id=START,
         vision_end_token_id=93,
         **IDS,
     )
@@ -126,7 +129,7 @@ def _qwen2_5_vl() -> Any:
     return transformers.Qwen2_5_VLConfig(
         text_config=text("qwen2_5_vl_text", **mrope([1, 1, 2])),
         vision_config=vision,
-        vision_start_token_id=92,
+        vision_start_token_id=START,
         vision_end_token_id=93,
         **IDS,
     )
@@ -146,7 +149,7 @@ def _qwen3_vl() -> Any:
     return transformers.Qwen3VLConfig(
         text_config=text("qwen3_vl_text", **mrope([1, 1, 2], mrope_interleaved=True)),
         vision_config=vision,
-        vision_start_token_id=92,
+        vision_start_token_id=START,
         vision_end_token_id=93,
         **IDS,
     )
@@ -165,7 +168,7 @@ def _glm4v() -> Any:
     return transformers.Glm4vConfig(
         text_config=text("glm4v_text", **mrope([1, 1, 2])),
         vision_config=vision,
-        image_start_token_id=92,
+        image_start_token_id=START,
         image_end_token_id=93,
         video_start_token_id=94,
         video_end_token_id=95,
@@ -251,6 +254,8 @@ MODELS = {
         _gemma3, _frames("pixel_values", 3, 16, 16, flat=3), 3, 4, IMAGE, kinds="token_type_ids"
     ),
 }
+if not hasattr(transformers, "VideoLlama3Config"):
+    del MODELS["video_llama_3"]
 
 
 @cache
@@ -293,6 +298,8 @@ def prompt(
     for pads in padding:
         body = torch.randint(3, 80, (4,), generator=generator).tolist()
         for _ in range(tiny.runs):
+            if tiny.kinds == "mm_token_type_ids":
+                body[-1] = START
             body += [tiny.token] * tiny.tokens
             body += torch.randint(3, 80, (1,), generator=generator).tolist()
         body += torch.randint(3, 80, (after + max(padding) - pads,), generator=generator).tolist()
@@ -302,7 +309,7 @@ def prompt(
         masks.append(pad + real if side == "left" else real + pad)
     ids = torch.tensor(rows)
     inputs = {"input_ids": ids, "attention_mask": torch.tensor(masks)}
-    if tiny.kinds is not None:
+    if tiny.kinds == "token_type_ids" or (tiny.kinds and VERSION >= (5, 3)):
         kind = 2 if tiny.token == VIDEO else 1
         inputs[tiny.kinds] = (ids == tiny.token) * kind
     for key, value in tiny.video(batch, generator).items():
@@ -316,11 +323,10 @@ def generate(tiny: torch.nn.Module, inputs: dict[str, Tensor], **more: Any) -> A
     """
     settings = {
         "max_new_tokens": 6,
-        "min_new_tokens": 6,
         "do_sample": False,
         "return_dict_in_generate": True,
         "output_logits": True,
-        "suppress_tokens": list(range(90, 97)),
+        "suppress_tokens": [2, *range(90, 97)],  # 2 ends an answer
         **more,
     }
     with torch.no_grad():

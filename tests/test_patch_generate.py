@@ -123,6 +123,8 @@ def test_sliding_windows_count_original_positions(first, window):
     for more in ({}, {"num_beams": 2}):
         got, handle = patched(model, plan, inputs, **more)
         assert tiny.difference(got, tiny.reference(model, handle, inputs, **more)) < 1e-12
+    if tiny.VERSION < (5, 18) and window < 40:  # a full window cannot be rolled back there
+        return
     inputs = repeating("qwen2_vl")
     plain, _ = patched(model, plan, inputs)
     got, _ = patched(model, plan, inputs, prompt_lookup_num_tokens=2)

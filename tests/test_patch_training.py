@@ -13,6 +13,8 @@ from hico_kernels.patch.masked import masked
 
 PLAN = DropPlan({0: Uniform(0.75), 1: TextTopK(0.5), 3: TextTopK(2)})
 IGNORED, ANSWER = -100, 4
+# Before 5.18 the loss of Gemma 3 cannot follow, and labels are refused.
+NAMES = [n for n in tiny.MODELS if n != "gemma3" or tiny.VERSION >= (5, 18)]
 
 
 def lesson(name, padding=(0, 3), side="left"):
@@ -60,7 +62,7 @@ def assert_same(got, want):
         assert (got[name] - want[name]).norm() <= 1e-6 * want[name].norm() + 1e-12, name
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradients_are_those_of_the_masked_reference(name):
     model, inputs = tiny.fresh(name).train(), lesson(name)
     loss, got, handle = learn(model, inputs)
@@ -81,7 +83,7 @@ def test_every_text_token_may_be_a_label(side):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradient_checkpointing_changes_nothing(name, reentrant):
     model, inputs = tiny.fresh(name).train(), lesson(name)
     loss, want, _ = learn(model, inputs)
@@ -179,3 +181,9 @@ def test_a_model_that_computes_its_loss_itself_is_refused(monkeypatch):
         pytest.raises(ValueError, match="labels: this transformers computes the loss of Old by"),
     ):
         model(**lesson("llava_onevision"))
+    if "gemma3" not in NAMES:
+        with (
+            hico_kernels.compress(tiny.model("gemma3"), PLAN),
+            pytest.raises(ValueError, match=r"5\.18"),
+        ):
+            tiny.model("gemma3")(**lesson("gemma3"))

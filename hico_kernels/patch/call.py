@@ -63,7 +63,8 @@ class Call:
         """New arguments for a decoder layer; None leaves them alone."""
         hidden = args[0] if args else kwargs["hidden_states"]
         new = dict(kwargs)
-        hidden = self._left(index, layer, hidden, kwargs["position_embeddings"])
+        name = rotary_name(layer, kwargs)
+        hidden = self._left(index, layer, hidden, kwargs[name])
         cache = None if is_checkpointed(layer) else kwargs.get("past_key_values")
         store = layer_of(cache, index, self.rows is not None)
         if self.rows is None and store is None:
@@ -74,9 +75,7 @@ class Call:
         new["attention_mask"] = self._mask(
             kwargs.get("attention_mask"), queries, shown, past, store, hidden
         )
-        new["position_embeddings"] = self._embeddings(
-            kwargs["position_embeddings"], columns, hidden
-        )
+        new[name] = self._embeddings(kwargs[name], columns, hidden)
         # Flash attention takes gaps in the positions for packed sequences. Not needed any more: the
         # rotary tables are gathered, the mask is made.
         new["position_ids"] = None
@@ -233,6 +232,15 @@ class Call:
                 return value
         known.append((given, make()))
         return known[-1][1]
+
+
+def rotary_name(layer: nn.Module, kwargs: Mapping[str, Any]) -> str:
+    """The argument with the rotary tables of the layer. Gemma 3 in 4.57 has two, for its windows
+    and for its other layers.
+    """
+    if "position_embeddings" in kwargs:
+        return "position_embeddings"
+    return "position_embeddings_" + ("local" if layer.self_attn.is_sliding else "global")
 
 
 def is_checkpointed(layer: nn.Module) -> bool:

@@ -114,6 +114,8 @@ class _Dropped:
     def reset(self) -> None:
         """Forget everything."""
         self.columns, self.seen, self.expected = None, 0, None
+        if isinstance(self, DynamicLayer):  # before 5.18 the stock one keeps its columns, as zeros
+            self.keys, self.values, self.is_initialized = None, None, False
         super().reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -131,6 +133,12 @@ class _Dropped:
         super().batch_select_indices(indices)
         self._batch("select", indices, lambda t: t[indices.to(t.device)])
 
+    def _removed(self, tokens: int) -> int:
+        """How many of the last tokens `crop(tokens)` takes off: a count <= 0, or, as transformers
+        before 5.18 asks, a length to come down to. What generation appends is never dropped.
+        """
+        return -tokens if tokens <= 0 else max(self.seen - tokens, 0)
+
     def _batch(self, name: str, arg: Tensor | int, pick: Callable[[Tensor], Tensor]) -> None:
         if self.columns is not None:
             self.columns = self.columns.batch(name, arg, pick)
@@ -139,12 +147,15 @@ class _Dropped:
 class DroppedLayer(_Dropped, DynamicLayer):
     """A growing layer."""
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens (a count <= 0). What generation appends is never dropped."""
-        super().crop(tokens_to_remove)
-        if self.columns is not None:
-            self.columns = self.columns.crop(-tokens_to_remove)
-            self.seen += tokens_to_remove
+    def crop(self, tokens: int) -> None:
+        """Remove the last tokens: a count <= 0, or a length to come down to."""
+        if self.columns is None:
+            super().crop(tokens)
+            return
+        removed = self._removed(tokens)
+        self.seen -= removed
+        self.columns = self.columns.crop(removed)
+        self.keys, self.values = (x[..., : len(self.columns), :] for x in (self.keys, self.values))
 
 
 class DroppedSlidingLayer(_Dropped, DynamicSlidingWindowLayer):
@@ -155,7 +166,8 @@ class DroppedSlidingLayer(_Dropped, DynamicSlidingWindowLayer):
     def visible(self, new: int) -> int:
         """While recording for a rollback it holds more than it shows."""
         total = len(self.columns)
-        return min(total, self.sliding_window - 1 + new) if self.record_past else total
+        recording = getattr(self, "record_past", False)  # since 5.18
+        return min(total, self.sliding_window - 1 + new) if recording else total
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object):
         """As the stock layer, counting the tokens of the sequence."""
@@ -166,13 +178,19 @@ class DroppedSlidingLayer(_Dropped, DynamicSlidingWindowLayer):
             self.columns = self.columns.last(self.keys.shape[-2])
         return out
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens (a count <= 0)."""
-        super().crop(tokens_to_remove)
-        if self.columns is not None:
-            self.seen += tokens_to_remove
-            self.cumulative_length = self.seen
-            self.columns = self.columns.crop(-tokens_to_remove).last(self.keys.shape[-2])
+    def crop(self, tokens: int) -> None:
+        """Remove the last tokens: a count <= 0, or a length to come down to."""
+        lost = self.seen >= self.sliding_window and not getattr(self, "record_past", False)
+        if self.columns is None or lost:  # which the stock layer refuses
+            super().crop(tokens)
+            return
+        removed = self._removed(tokens)
+        self.seen -= removed
+        self.cumulative_length = self.seen
+        left = self.columns.crop(removed)
+        self.columns = left.last(min(len(left), self.sliding_window - 1))
+        window = slice(len(left) - len(self.columns), len(left))
+        self.keys, self.values = self.keys[:, :, window], self.values[:, :, window]
 
 
 class DroppedStaticLayer(_Dropped, StaticLayer):

@@ -69,7 +69,8 @@ def take_apart(model: nn.Module) -> Parts:
         reason = _KNOWN_REASONS.get(kind, f"the supported model types are {', '.join(FAMILIES)}")
         raise UnsupportedModel(f"model: cannot patch {type(model).__name__} ({kind}): {reason}")
     family = FAMILIES[kind]
-    inner = model if hasattr(model, family.decoder) else getattr(model, "model", None)
+    inner = getattr(model, "model", None)  # 4.57 shows its decoder on the outside, too
+    inner = inner if hasattr(inner, family.decoder) else model
     decoder = getattr(inner, family.decoder, None)
     layers = getattr(decoder, "layers", None)
     reason = "it has no language model with layers" if layers is None else _why_not(family, decoder)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from hico_kernels.patch.call import Call, is_checkpointed
+from hico_kernels.patch.call import Call, is_checkpointed, rotary_name
 from hico_kernels.patch.clock import Clock
 from hico_kernels.patch.columns import check_cache
 from hico_kernels.patch.deepstack import with_deepstack
@@ -242,7 +242,7 @@ class _BeforeLayer:
         if is_checkpointed(layer):
             # Before 5.23 transformers runs hooks again in the backward pass, when the call is over,
             # with the same rotary tables.
-            table = kwargs["position_embeddings"][0]
+            table = kwargs[rotary_name(layer, kwargs)][0]
             call = table.hico_call = getattr(table, "hico_call", call)
         return None if call is None else call.before_layer(self.index, layer, args, kwargs)
 
