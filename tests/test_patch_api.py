@@ -108,6 +108,7 @@ def test_two_models_are_patched_each_in_its_own_way(inputs):
         assert torch.equal(logits(one, inputs), want)
 
 
+@pytest.mark.skipif(tiny.VERSION < (5, 0), reason="4.57 mixes the features of two threads itself")
 def test_threads_do_not_mix(model):
     prompts = [tiny.prompt("llava_onevision", (0, n), seed=n) for n in (1, 4)]
     with hico_kernels.compress(model, PLAN):
@@ -277,6 +278,7 @@ def test_arguments_may_be_given_by_position(model, inputs):
         assert torch.equal(model(inputs["input_ids"], **rest).logits, logits(model, inputs))
 
 
+@pytest.mark.skipif(tiny.VERSION < (5, 3), reason="token types came with 5.3")
 def test_embeddings_with_token_types_are_as_good_as_ids():
     model, inputs = tiny.model("qwen2_vl"), tiny.prompt("qwen2_vl", (0, 2))
     with hico_kernels.compress(model, PLAN) as handle, torch.no_grad():

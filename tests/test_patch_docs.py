@@ -39,6 +39,7 @@ def test_every_family_has_an_example():
     assert set(SECTIONS) == {family.name for family in FAMILIES.values()}
 
 
+@pytest.mark.skipif(tiny.VERSION < (5, 3), reason="token types came with 5.3")
 def test_the_first_example_runs(capsys):
     exec(compile(code(TEXT), "patching.md", "exec"), {})
     out = capsys.readouterr().out
@@ -46,7 +47,7 @@ def test_the_first_example_runs(capsys):
     assert "'supported': True" in out
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind in tiny.MODELS])
 def test_the_example_of_a_family_runs(kind, monkeypatch, capsys):
     model = tiny.fresh(kind)
     for auto, made in (

@@ -47,8 +47,13 @@ def flash(monkeypatch):
     """A model whose language model attends by "flash_attention_2"."""
     module = modeling_flash_attention_utils
     fakes = (dense, varlen, None, module._pad_input, module._unpad_input)
+    if tiny.VERSION < (5, 0):
+        fakes = (dense, varlen, module._pad_input, module._unpad_input)
+        monkeypatch.setattr(module, "_flash_fn", None)
+        monkeypatch.setattr(module, "_process_flash_kwargs_fn", None)
+    else:
+        monkeypatch.setattr(module, "_loaded_implementation", None)
     monkeypatch.setattr(module, "_lazy_imports", lambda *args, **kwargs: fakes)
-    monkeypatch.setattr(module, "_loaded_implementation", None)
     model = tiny.fresh("llava_onevision")
     tiny.decoder(model).config._attn_implementation = "flash_attention_2"
     return model
@@ -83,6 +88,7 @@ def test_two_turns(flash, plan, padding):
     assert tiny.difference(second, by_sdpa(flash, whole, handle.kept, length)) < 1e-12
 
 
+@pytest.mark.skipif(tiny.VERSION < (5, 0), reason="generate gives pixels to first turns only")
 @each
 @padded
 def test_gaps_between_positions_are_no_packed_sequences(flash, plan, padding):

@@ -39,10 +39,12 @@ def test_videos_of_different_sizes_belong_to_the_sequences_whose_tokens_they_fil
     inputs["video_grid_thw"] = inputs["video_grid_thw"][1:]
     inputs["pixel_values_videos"] = inputs["pixel_values_videos"][48:]
     inputs["input_ids"][0, 4:16] = 5
-    inputs["mm_token_type_ids"][0] = 0
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"][0] = 0
     assert run("qwen2_vl", inputs)[3] == [0, 6]
 
 
+@pytest.mark.skipif("video_llama_3" not in tiny.MODELS, reason="not in this transformers")
 def test_tokens_that_a_model_takes_out_itself_are_not_counted():
     inputs = tiny.prompt("video_llama_3", (0, 0))
     gone = torch.tensor([1, 2, 3, 4, 5, 16])  # of the first video's tokens, and of the second's
@@ -88,11 +90,8 @@ def test_where_frames_cannot_be_told_a_plan_by_frames_is_refused():
     inputs["video_grid_thw"] = torch.tensor([[2, 4, 4], [2, 4, 8]])
     with pytest.raises(ValueError, match="PerFrame cannot tell which frames of pixel_values_video"):
         run("qwen2_vl", inputs)
-    model, inputs = tiny.model("llava_onevision"), tiny.prompt("llava_onevision")
-    pixels = inputs.pop("pixel_values_videos")
-    with torch.no_grad():
-        features = model.model.get_video_features(pixels)
-    inputs["mm_encoder_outputs"] = {"video": features}
+    inputs = tiny.prompt("llava_onevision")
+    inputs["mm_encoder_outputs"] = {"video": inputs.pop("pixel_values_videos")}
     with pytest.raises(ValueError, match="PerFrame needs pixels, or the grids of videos"):
         run("llava_onevision", inputs)
 

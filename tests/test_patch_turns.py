@@ -26,6 +26,10 @@ import hico_kernels
 from hico_kernels import DropPlan, TextTopK, Uniform
 from hico_kernels.patch.masked import masked
 
+later_pixels = pytest.mark.skipif(
+    tiny.VERSION < (5, 0), reason="generate of 4.57 gives pixels to the first turn only"
+)
+
 
 @both_models
 @every_plan
@@ -50,6 +54,7 @@ def test_a_second_question_on_the_same_cache(name, plan, padding):
     assert tiny.difference(got, want) < 1e-12
 
 
+@later_pixels
 @every_plan
 @pytest.mark.parametrize("padding", [(0,), (0, 3)], ids=["one", "padded"])
 def test_a_second_video_on_the_same_cache(plan, padding):
@@ -171,6 +176,7 @@ def test_a_window_that_records_for_a_rollback_shows_no_more_than_without():
     assert tiny.difference(*got) == 0
 
 
+@later_pixels
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 def test_a_video_after_a_turn_of_padded_text(positions):
     """The layers begin with tokens none of which were dropped, and padding among them."""

@@ -200,6 +200,14 @@ class DroppedStaticLayer(_Dropped, StaticLayer):
         """The filled part."""
         return len(self.columns) if self.columns is not None else int(super().get_seq_length())
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object):
+        """As the stock layer. Before 5.0 it is told where to write, in tokens of the sequence."""
+        if self.columns is not None and args and "cache_position" in (args[0] or {}):
+            stop = len(self.columns)
+            places = torch.arange(stop - key_states.shape[-2], stop, device=key_states.device)
+            args = ({**args[0], "cache_position": places}, *args[1:])
+        return super().update(key_states, value_states, *args, **kwargs)
+
 
 _DROPPED = {
     DynamicLayer: DroppedLayer,
