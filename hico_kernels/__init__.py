@@ -3,7 +3,7 @@ attention.
 """
 
 from hico_kernels import ops as _ops  # noqa: F401  schemas and fakes first, no native code needed
-from hico_kernels import patch  # callable: patch(model, plan)
+from hico_kernels import patch, tome  # patch is callable: patch(model, plan)
 from hico_kernels.attention import ragged_attention, ragged_decode_attention
 from hico_kernels.counting import install as _count
 from hico_kernels.dispatch import why_not
@@ -43,6 +43,7 @@ __all__ = [
     "selfcheck",
     "supports",
     "text_guided_scores",
+    "tome",
     "uniform_indices",
     "why_not",
 ]

@@ -1,0 +1,140 @@
+"""A block whose attention runs ahead of it, so that tokens merge between the two.
+
+A block computes x + f(attention(norm(x))), then an MLP, token by token. Here u = attention(norm(x))
+is computed first, x and u are merged, and the block is run on the merged x; when it asks for its
+attention, it gets the merged u. A weighted mean is linear and f (LayerScale, drop path) acts on
+channels or whole samples, so the block goes on with exactly the merge of x + f(u), and no code of a
+block is copied. norm runs a second time, on the tokens that are left, and goes unused.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from hico_kernels.patch.families import UnsupportedModel
+from hico_kernels.tome.attention import Proportional
+from hico_kernels.tome.batch import Batch
+from hico_kernels.tome.towers import Block
+
+
+class Instead:
+    """Another forward for one module, until `remove`. What hooks see stays the module's own."""
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
+        self.module, self.run = module, run
+        self.saved = module.__dict__.get("forward")  # someone else's, such as accelerate's
+        self.original = module.forward
+        self.signature = inspect.signature(type(module).forward)
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module does now."""
+        return self.run(args, kwargs)
+
+    def named(self, args: tuple, kwargs: dict[str, Any]) -> tuple[str, Tensor, dict[str, Any]]:
+        """The name of the first argument, its value, and the other arguments by name."""
+        named = {}
+        for name, value in self.signature.bind(self.module, *args, **kwargs).arguments.items():
+            kind = self.signature.parameters[name].kind
+            named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+        _, first, *_ = named  # after self
+        return first, named[first], {k: named[k] for k in list(named)[2:]}
+
+    def takes(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Those arguments that the module has a place for."""
+        parameters = self.signature.parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return given
+        return {name: value for name, value in given.items() if name in parameters}
+
+    def remove(self) -> None:
+        """Give the module its own forward back."""
+        if self.saved is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.saved
+
+
+class Ahead:
+    """One block of a patched tower.
+
+    enter: the tokens of this call and the pairs to merge, given the block's input and the rest of
+    its arguments. local: `.waiting` is the `Answer` for the block that runs on this thread.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        enter: Callable[[Tensor, dict[str, Any]], tuple[Batch, int]],
+        local: threading.local,
+    ) -> None:
+        self.norm, self.enter, self.local = block.norm, enter, local
+        self.attention = Instead(block.attention, self._answer)
+        self.block = Instead(block.module, self._run)
+
+    def remove(self) -> None:
+        """Leave the block as it was."""
+        self.attention.remove()
+        self.block.remove()
+
+    def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        name, x, given = self.block.named(args, kwargs)
+        batch, r = self.enter(x, given)
+        if r == 0 and not batch.merged:
+            return self.block.original(*args, **kwargs)
+        # The blocks of all known towers pass on what they are given; `Answer.give` checks that.
+        passed = self.attention.takes(batch.arguments(given))
+        with Proportional(batch.bias) as seen:
+            out = self.attention.original(self.norm(x), **passed)
+        if not seen.keys:
+            raise UnsupportedModel(
+                f"vision_tower: {type(self.attention.module).__name__} did not call torch's "
+                "scaled_dot_product_attention, where merging looks at the keys"
+            )
+        update, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+        if r:
+            x, update = batch.merge(seen.keys, r, x, update)
+        answer = Answer(update if rest is None else (update, *rest), given)
+        self.local.waiting = answer
+        try:
+            out = self.block.original(**{**given, name: x})
+        finally:
+            self.local.waiting = None
+        answer.check(self.block.module, out, x)
+        return out
+
+    def _answer(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        answer = getattr(self.local, "waiting", None)
+        if answer is None:
+            return self.attention.original(*args, **kwargs)
+        _, _, asked = self.attention.named(args, kwargs)
+        return answer.give(asked)
+
+
+class Answer:
+    """What attention gives its block, once."""
+
+    def __init__(self, out: Any, given: dict[str, Any]) -> None:
+        self.out, self.given, self.times = out, given, 0
+
+    def give(self, asked: dict[str, Any]) -> Any:
+        """The result; raises where the block does otherwise than when attention ran ahead."""
+        for name, value in asked.items():
+            given = self.given.get(name)
+            if value is not given and not (given is None and value is False):
+                raise UnsupportedModel(f"vision_tower: a block changes {name} for its attention")
+        self.times += 1
+        if self.times > 1:
+            raise UnsupportedModel("vision_tower: a block asks for attention more than once")
+        return self.out
+
+    def check(self, block: nn.Module, out: Any, x: Tensor) -> None:
+        """Raise when the block has not used it, or does not give the tokens x it was given."""
+        tokens = out[0] if isinstance(out, tuple) else out
+        if self.times != 1 or tokens.shape[:-1] != x.shape[:-1]:
+            raise UnsupportedModel(
+                f"vision_tower: {type(block).__name__} did not use its attention as expected"
+            )

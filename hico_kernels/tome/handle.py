@@ -1,0 +1,106 @@
+"""Token merging inside someone else's vision tower, on this one instance."""
+
+import threading
+from functools import partial
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from hico_kernels.patch.families import UnsupportedModel
+from hico_kernels.tome.ahead import Ahead, Instead
+from hico_kernels.tome.batch import Batch
+from hico_kernels.tome.pooling import Pooling
+from hico_kernels.tome.schedule import Schedule
+from hico_kernels.tome.towers import Parts, why_not_fused
+
+
+class Handle:
+    """A patched tower. Made by `hico_kernels.tome.patch`."""
+
+    def __init__(
+        self, tower: nn.Module, parts: Parts, schedule: Schedule, prop_attn: bool, order: str
+    ) -> None:
+        if any(isinstance(b.module.__dict__.get("forward"), Instead) for b in parts.blocks):
+            raise UnsupportedModel(
+                f"vision_tower: this {type(tower).__name__} is patched already; remove() the other "
+                "patch first"
+            )
+        self.tower, self.parts, self.schedule = tower, parts, schedule
+        self.prop_attn, self.order = prop_attn, order
+        self._local = threading.local()  # calls of two threads do not mix
+        self._changes = [
+            Ahead(block, partial(self._enter, index), self._local)
+            for index, block in enumerate(parts.blocks)
+        ]
+        self._changes.append(Pooling(tower, lambda: self._last))
+
+    @property
+    def sizes(self) -> Tensor:
+        """[B, K] int32: input tokens behind each token of this thread's last call; 0: padding."""
+        return self._last.sizes
+
+    @property
+    def assignment(self) -> Tensor:
+        """[B, T] int32: which of the K tokens each of the T tokens at first went into."""
+        return self._last.assignment
+
+    def unmerge(self, x: Tensor) -> Tensor:
+        """Give every token at first the value of the token it went into, in the tower's own order.
+
+        x [B, K, ...], such as the tower's output -> [B, T, ...]. Differentiable.
+        """
+        return self._last.unmerge(x)
+
+    def remove(self) -> None:
+        """Take everything off again: the tower is as it was, bit for bit."""
+        for change in self._changes:
+            change.remove()
+        self._changes = []
+
+    def __deepcopy__(self, memo: dict) -> NoReturn:
+        self._refuse("copied")
+
+    def __reduce_ex__(self, protocol: int) -> NoReturn:
+        self._refuse("pickled")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise TypeError(
+            f"a tower patched by hico_kernels cannot be {what}: remove() first and patch the copy"
+        )
+
+    @property
+    def _last(self) -> Batch:
+        batch = getattr(self._local, "batch", None)
+        if batch is None:
+            raise RuntimeError("the patched tower has not run on this thread yet")
+        return batch
+
+    def _enter(self, index: int, x: Tensor, given: dict[str, Any]) -> tuple[Batch, int]:
+        """The tokens of this forward call, which begins with the first block, and how many pairs
+        merge.
+        """
+        local = self._local
+        if index == 0:
+            local.batch = None
+            self._check()
+            batch = Batch(self.parts, self.order, self.prop_attn, x, given)
+            local.pairs = self.schedule.pairs(batch.num_patches, len(self.parts.blocks))
+            local.batch = batch
+        elif self._last.done != index or x.shape[:2] != self._last.sizes.shape:
+            raise UnsupportedModel(
+                f"vision_tower: block {index} of {type(self.tower).__name__} was not called with "
+                f"the output of block {index - 1}"
+            )
+        local.batch.done = index + 1
+        return local.batch, local.pairs[index]
+
+    def _check(self) -> None:
+        """What may have changed since patching and would go wrong."""
+        reason = why_not_fused(self.tower, self.parts.blocks)
+        if reason is not None:
+            raise UnsupportedModel(f"vision_tower: {reason}")
+        block = self.parts.blocks[0].module
+        if getattr(self.tower, "grad_checkpointing", False) or (
+            block.training and getattr(block, "gradient_checkpointing", False)
+        ):
+            raise ValueError("vision_tower: gradient checkpointing with merging is not supported")

@@ -1,0 +1,119 @@
+"""Tiny random vision towers of every supported kind, and pictures for them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+SIZE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 24,
+    "patch_size": 4,
+}
+
+
+def picture(batch: int = 2) -> dict[str, Any]:
+    return {"pixel_values": torch.randn(batch, 3, 24, 24)}
+
+
+def wide_picture() -> dict[str, Any]:
+    return {"pixel_values": torch.randn(2, 3, 20, 28)}
+
+
+def video() -> dict[str, Any]:
+    return {"pixel_values": torch.randn(2, 4, 3, 16, 16)}
+
+
+def padded() -> dict[str, Any]:
+    """Two pictures of 6 x 6 and 4 x 5 patches, padded to 36."""
+    mask = torch.ones(2, 36, dtype=torch.int64)
+    mask[1, 20:] = 0
+    shapes = torch.tensor([[6, 6], [4, 5]])
+    return {
+        "pixel_values": torch.randn(2, 36, 48),
+        "pixel_attention_mask": mask,
+        "spatial_shapes": shapes,
+    }
+
+
+@dataclass(frozen=True)
+class Tower:
+    """How to make one, what to show it, and how many of its tokens are no patches."""
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Any]] = picture
+    prefix: int = 0
+
+
+def _of(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        config_ = getattr(transformers, config)(**{**SIZE, **settings})
+        return getattr(transformers, model)(config_)
+
+    return make
+
+
+INTERNVL = {
+    "model": "InternVLVisionModel",
+    "config": "InternVLVisionConfig",
+    "image_size": [24, 24],
+    "patch_size": [4, 4],
+    "layer_scale_init_value": 0.3,
+}
+HF = {
+    "vit": Tower(_of("ViTModel", "ViTConfig"), prefix=1),
+    "clip": Tower(_of("CLIPVisionModel", "CLIPVisionConfig"), prefix=1),
+    "siglip": Tower(_of("SiglipVisionModel", "SiglipVisionConfig")),
+    "siglip2": Tower(_of("Siglip2VisionModel", "Siglip2VisionConfig", num_patches=36), padded),
+    "videomae": Tower(
+        _of("VideoMAEModel", "VideoMAEConfig", image_size=16, num_frames=4, tubelet_size=2), video
+    ),
+    "dinov2": Tower(_of("Dinov2Model", "Dinov2Config", layerscale_value=0.3), prefix=1),
+    "dinov2_registers": Tower(
+        _of("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", num_register_tokens=4),
+        prefix=5,
+    ),
+    "dinov3": Tower(
+        _of("DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=4, layerscale_value=0.3),
+        wide_picture,
+        prefix=5,
+    ),
+    "internvl": Tower(_of(**INTERNVL), prefix=1),
+    "internvl_norms": Tower(_of(**INTERNVL, use_qk_norm=True, norm_type="rms_norm"), prefix=1),
+}
+
+
+def tower(kind: Tower, seed: int = 0) -> nn.Module:
+    """With weights large enough that every part of a block shows in the output."""
+    torch.manual_seed(seed)
+    made = kind.make().eval().double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return made
+
+
+def inputs(kind: Tower, seed: int = 1) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    made = kind.inputs()
+    return {k: v.double() if v.is_floating_point() else v for k, v in made.items()}
+
+
+def last(output: Any) -> Tensor:
+    """The tokens a tower ends with."""
+    return output if torch.is_tensor(output) else output.last_hidden_state
+
+
+def angles(tables: Any) -> Any:
+    """Cosines and sines of a rotary table: transformers hands over both, timm one behind the
+    other, sines first."""
+    if tables is None or isinstance(tables, tuple):
+        return tables
+    sin, cos = tables.chunk(2, dim=-1)
+    return cos, sin
