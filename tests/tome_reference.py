@@ -33,6 +33,20 @@ def projections(attention: nn.Module, names: str) -> Callable[[Tensor], list[Ten
     return lambda x: [getattr(attention, name)(x) for name in names.split()]
 
 
+def timm_qkv(a: nn.Module) -> Callable[[Tensor], list[Tensor]]:
+    def qkv(x: Tensor) -> list[Tensor]:
+        if a.qkv is None:
+            three = [a.q_proj(x), a.k_proj(x), a.v_proj(x)]
+        else:
+            three = list(a.qkv(x).chunk(3, dim=-1))
+            if getattr(a, "q_bias", None) is not None:
+                three = [three[0] + a.q_bias, three[1], three[2] + a.v_bias]
+        per_head = [y.unflatten(-1, (a.num_heads, -1)) for y in three]
+        return [y.flatten(-2) for y in (a.q_norm(per_head[0]), a.k_norm(per_head[1]), per_head[2])]
+
+    return qkv
+
+
 def anatomy(b: nn.Module) -> Anatomy:
     kind = type(b).__name__
     if kind == "ViTLayer":
@@ -63,6 +77,16 @@ def anatomy(b: nn.Module) -> Anatomy:
         mlp = lambda x: x + b.lambda_2 * b.mlp(b.layernorm_after(x))  # noqa: E731
         project, scale = a.projection_layer, lambda u: b.lambda_1 * u
         return Anatomy(b.layernorm_before, qkv, a.num_heads, project, scale, mlp)
+    if kind in ("Block", "EvaBlock"):  # timm
+        a = b.attn
+        if kind == "Block":
+            first, second = getattr(b.ls1, "gamma", 1.0), getattr(b.ls2, "gamma", 1.0)
+        else:
+            first, second = (1.0 if g is None else g for g in (b.gamma_1, b.gamma_2))
+        mlp = lambda x: x + second * b.mlp(b.norm2(x))  # noqa: E731
+        half = getattr(a, "rotate_half", True)
+        project = lambda y: a.proj(a.norm(y))  # noqa: E731
+        return Anatomy(b.norm1, timm_qkv(a), a.num_heads, project, lambda u: first * u, mlp, half)
     raise AssertionError(f"no anatomy of {kind}")
 
 
@@ -134,15 +158,15 @@ def run(
     pairs: Sequence[int],
     *,
     prefix: int = 0,
-    tables: Any = None,
+    tables: Sequence[Any] | None = None,
     order: str = "spatial",
     prop: bool = True,
 ) -> Picture:
-    """All blocks on the tokens x [T, C] of one picture."""
+    """All blocks on the tokens x [T, C] of one picture. tables: cosines and sines, per block."""
     state = Picture(x, [[i] for i in range(len(x))], list(range(len(x))))
-    for block, r in zip(blocks, pairs, strict=True):
+    for block, r, table in zip(blocks, pairs, tables or [None] * len(blocks), strict=True):
         parts = anatomy(block)
-        update, metric = attention(parts, state, tables, prefix, prop)
+        update, metric = attention(parts, state, table, prefix, prop)
         state.x = state.x + parts.scale(update)
         if r:
             state = merge(state, metric, r, prefix, order)

@@ -7,7 +7,6 @@ channels or whole samples, so the block goes on with exactly the merge of x + f(
 block is copied. norm runs a second time, on the tokens that are left, and goes unused.
 """
 
-import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,45 +16,8 @@ from torch import Tensor, nn
 from hico_kernels.patch.families import UnsupportedModel
 from hico_kernels.tome.attention import Proportional
 from hico_kernels.tome.batch import Batch
+from hico_kernels.tome.instead import Instead
 from hico_kernels.tome.towers import Block
-
-
-class Instead:
-    """Another forward for one module, until `remove`. What hooks see stays the module's own."""
-
-    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
-        self.module, self.run = module, run
-        self.saved = module.__dict__.get("forward")  # someone else's, such as accelerate's
-        self.original = module.forward
-        self.signature = inspect.signature(type(module).forward)
-        module.forward = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module does now."""
-        return self.run(args, kwargs)
-
-    def named(self, args: tuple, kwargs: dict[str, Any]) -> tuple[str, Tensor, dict[str, Any]]:
-        """The name of the first argument, its value, and the other arguments by name."""
-        named = {}
-        for name, value in self.signature.bind(self.module, *args, **kwargs).arguments.items():
-            kind = self.signature.parameters[name].kind
-            named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
-        _, first, *_ = named  # after self
-        return first, named[first], {k: named[k] for k in list(named)[2:]}
-
-    def takes(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Those arguments that the module has a place for."""
-        parameters = self.signature.parameters
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return given
-        return {name: value for name, value in given.items() if name in parameters}
-
-    def remove(self) -> None:
-        """Give the module its own forward back."""
-        if self.saved is None:
-            del self.module.forward
-        else:
-            self.module.forward = self.saved
 
 
 class Ahead:
@@ -89,14 +51,14 @@ class Ahead:
         passed = self.attention.takes(batch.arguments(given))
         with Proportional(batch.bias) as seen:
             out = self.attention.original(self.norm(x), **passed)
-        if not seen.keys:
+        if len(seen.keys) != 1:
             raise UnsupportedModel(
-                f"vision_tower: {type(self.attention.module).__name__} did not call torch's "
-                "scaled_dot_product_attention, where merging looks at the keys"
+                f"vision_tower: {type(self.attention.module).__name__} called torch's scaled_dot_"
+                f"product_attention, where merging looks at the keys, {len(seen.keys)} times, not 1"
             )
         update, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         if r:
-            x, update = batch.merge(seen.keys, r, x, update)
+            x, update = batch.merge(seen.keys[0], r, x, update)
         answer = Answer(update if rest is None else (update, *rest), given)
         self.local.waiting = answer
         try:

@@ -60,11 +60,10 @@ class Batch:
         rows = (self.places[:, self.prefix :] - self.prefix)[:, None, :, None]
         return table.gather(2, rows.expand(-1, table.shape[1], -1, table.shape[3]))
 
-    def merge(self, keys: list[Tensor], r: int, x: Tensor, update: Tensor) -> list[Tensor]:
+    def merge(self, key: Tensor, r: int, x: Tensor, update: Tensor) -> list[Tensor]:
         """Merge r pairs of the tokens x [B, T, C] and of what attention adds to them, by the mean
-        over heads of the keys [B, H, T, D].
+        over heads of the key [B, H, T, D].
         """
-        (key,) = keys
         metric = key.detach().mean(dim=1, dtype=self.wide)
         if self.padded:  # NaN never wins: no real token goes to padding
             metric = metric.masked_fill(self.sizes[..., None] == 0, torch.nan)

@@ -7,8 +7,9 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from hico_kernels.patch.families import UnsupportedModel
-from hico_kernels.tome.ahead import Ahead, Instead
+from hico_kernels.tome.ahead import Ahead
 from hico_kernels.tome.batch import Batch
+from hico_kernels.tome.instead import Instead
 from hico_kernels.tome.pooling import Pooling
 from hico_kernels.tome.schedule import Schedule
 from hico_kernels.tome.towers import Parts, why_not_fused

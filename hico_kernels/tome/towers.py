@@ -61,9 +61,15 @@ TOWERS = {
         "Eva": {"EvaBlock": Kind("attn", "norm1", _timm_prefix, "rope")},
     },
 }
+_GRID = (
+    "its patch merger takes 2 x 2 neighbours of a whole grid, and the language model has a "
+    "placeholder for each such group; merge after the tower instead (PreLLM)"
+)
 _KNOWN_REASONS = {
-    "Qwen2_5_VisionTransformerPretrainedModel": "its blocks attend in windows of fixed position, "
-    "and its output is put back in order by their index; merge after the tower instead (PreLLM)",
+    "Qwen2VisionTransformerPretrainedModel": _GRID,
+    "Qwen2_5_VisionTransformerPretrainedModel": "its blocks attend in windows of fixed size, and "
+    + _GRID,
+    "Qwen3VLVisionModel": _GRID,
 }
 
 
@@ -101,7 +107,10 @@ def take_apart(tower: nn.Module) -> Parts:
         )
     kind = known[type(found[0]).__name__]
     blocks = tuple(Block(m, _part(m, kind.attention), _part(m, kind.norm)) for m in found)
+    pool = getattr(tower, "attn_pool", None)  # timm's
     reason = why_not_fused(tower, blocks)
+    if pool is not None and type(pool).__name__ != "AttentionPoolLatent":
+        reason = f"its pooling must be AttentionPoolLatent, got {type(pool).__name__}"
     if reason is not None:
         raise UnsupportedModel(f"vision_tower: cannot patch {type(tower).__name__}: {reason}")
     return Parts(kind, kind.prefix(tower), blocks)

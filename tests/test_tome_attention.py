@@ -1,0 +1,56 @@
+"""The two ways in which attention takes the sizes of tokens, and what it may err by."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hico_kernels.testing.budget import assert_within_budget
+from hico_kernels.tome.attention import Proportional, attend, by_channels
+
+
+def defined(q, k, v, bias, scale):
+    logits = q @ k.mT * (scale or q.shape[-1] ** -0.5) + bias[:, None, None].to(q.dtype)
+    return logits.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("way", [attend, by_channels])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("width", "scale"), [(64, None), (72, None), (20, 0.3)])
+def test_sizes_count(way, dtype, width, scale):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 50, width).to(dtype) for _ in range(3))
+    sizes = torch.randint(1, 200, (2, 50))
+    sizes[1, 40:] = 0  # padding
+    bias = sizes.float().log()
+    exact = defined(q.double(), k.double(), v.double(), sizes.double().log(), scale)
+    plain = defined(q, k, v, bias, scale)
+    assert_within_budget(way(q, k, v, bias, scale), exact, plain, way.__name__)
+
+
+@pytest.mark.parametrize("way", [attend, by_channels])
+def test_gradients_flow(way):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float32, requires_grad=True) for _ in range(3))
+    bias = torch.randint(1, 9, (1, 9)).float().log()
+    mine = torch.autograd.grad(way(q, k, v, bias, None).square().sum(), (q, k, v))
+    theirs = torch.autograd.grad(defined(q, k, v, bias, None).square().sum(), (q, k, v))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_other_calls_are_left_alone():
+    q = torch.randn(1, 2, 9, 8)
+    with Proportional(torch.zeros(1, 9)) as seen:
+        x = F.softmax(q, -1) + q.relu()
+        assert torch.equal(x, torch.softmax(q, -1) + torch.relu(q))
+        assert not seen.keys
+        F.scaled_dot_product_attention(q, q, q)
+    assert len(seen.keys) == 1
+    F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert len(seen.keys) == 1
+
+
+@pytest.mark.parametrize("settings", [{"is_causal": True}, {"attn_mask": torch.zeros(9, 9)}])
+def test_masks_are_refused(settings):
+    q = torch.randn(1, 2, 9, 8)
+    with Proportional(None), pytest.raises(ValueError, match="attention_mask: merged tokens"):
+        F.scaled_dot_product_attention(q, q, q, **settings)
