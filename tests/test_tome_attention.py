@@ -27,6 +27,16 @@ def test_sizes_count(way, dtype, width, scale):
     assert_within_budget(way(q, k, v, bias, scale), exact, plain, way.__name__)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_two_channels_hold_a_bias_as_well_as_a_mask(dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 50, 64).mul(0.01).to(dtype) for _ in range(3))
+    bias = torch.linspace(0, 6, 100).view(2, 50)
+    exact = defined(q.double(), k.double(), v.double(), bias, None)
+    by_mask = attend(q, k, v, bias, None)
+    assert_within_budget(by_channels(q, k, v, bias, None), exact, by_mask, "by_channels")
+
+
 @pytest.mark.parametrize("way", [attend, by_channels])
 def test_gradients_flow(way):
     torch.manual_seed(0)
