@@ -1,0 +1,17 @@
+"""The Triton implementation of every operation of this folder, under its own name."""
+
+from hico_kernels.select.triton_gather import (
+    gather_tokens,
+    gather_tokens_backward,
+    uniform_indices,
+)
+from hico_kernels.select.triton_scores import text_guided_scores
+from hico_kernels.select.triton_topk import select_topk
+
+__all__ = [
+    "gather_tokens",
+    "gather_tokens_backward",
+    "select_topk",
+    "text_guided_scores",
+    "uniform_indices",
+]

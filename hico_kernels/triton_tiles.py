@@ -1,0 +1,72 @@
+"""What the Triton kernels share: tiles over packed sequences, products, rounding.
+
+Only hico_kernels/*/triton*.py import this, so that `import hico_kernels` does not import triton.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
+
+
+def slots(rows: int, sequences: int, size: int) -> int:
+    """Tiles of `size` rows that are enough for `sequences` packed sequences of `rows` rows in all.
+
+    Known without the lengths: sequence b owns the slots from start[b] // size + b on, at least as
+    many as its tiles and at most one too many. What is too many ends at once.
+    """
+    return rows // size + sequences
+
+
+@triton.jit
+def start_of(cu_ptr, place, rows, wanted=True):
+    """A cumulative length, cut to [0, rows]: whatever it says, no other memory is touched."""
+    start = tl.load(cu_ptr + place, mask=wanted, other=0).to(tl.int64)
+    return tl.minimum(tl.maximum(start, 0), rows)
+
+
+@triton.jit
+def bounds(cu_ptr, stride, b, rows):
+    """First row (int64) and length (int32) of sequence b."""
+    place = tl.cast(b, tl.int64) * stride
+    start = start_of(cu_ptr, place, rows)
+    end = start_of(cu_ptr, place + stride, rows)
+    return start, tl.maximum(end - start, 0).to(tl.int32)
+
+
+@triton.jit
+def search(slot, cu_ptr, stride, sequences, rows, SIZE: tl.constexpr, GAP: tl.constexpr):
+    """The last b with start[b] // SIZE + GAP * b <= slot."""
+    b = -1
+    for first in range(0, sequences, 128):
+        j = first + tl.arange(0, 128)
+        start = start_of(cu_ptr, j.to(tl.int64) * stride, rows, j < sequences)
+        b += tl.sum(((start // SIZE + GAP * j <= slot) & (j < sequences)).to(tl.int32))
+    return tl.maximum(b, 0)
+
+
+@triton.jit
+def sequence_at(slot, cu_ptr, stride, sequences, rows, SIZE: tl.constexpr):
+    """The sequence b that owns a slot -> b, its first row, its length, the tile within it."""
+    b = search(slot, cu_ptr, stride, sequences, rows, SIZE, 1)
+    start, length = bounds(cu_ptr, stride, b, rows)
+    tile = slot - ((start // SIZE).to(tl.int32) + b)
+    return b, start, length, tl.maximum(tile, 0)  # below 0 only where lengths do not rise
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in float32. The interpreter cannot multiply bfloat16 (triton issue 11584)."""
+    if INTERPRET:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """Float32 x in `dtype`, to nearest. The interpreter truncates to bfloat16: rounded here."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        up = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, up & -65536, bits | 0x400000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
