@@ -20,7 +20,9 @@ _ANY = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _DTYPES = {
     ("gather_tokens", "cpu"): _ANY,
     ("gather_tokens", "cuda"): _ANY,
+    ("gather_tokens", "triton"): _ANY,
     ("gather_tokens_backward", "cpu"): _NARROW,
+    ("gather_tokens_backward", "triton"): _ANY,
     ("bipartite_soft_matching", "cpu"): _NARROW,
     ("bipartite_soft_matching", "triton"): _GPU,
     ("merge_apply", "cpu"): _NARROW,
@@ -33,8 +35,11 @@ _DTYPES = {
     ("ragged_attention_backward", "cpu"): _NARROW,
     ("ragged_decode_attention", "cpu"): _NARROW,
     ("select_topk", "cpu"): frozenset({torch.float32}),
+    ("select_topk", "triton"): frozenset({torch.float32}),
     ("text_guided_scores", "cpu"): _NARROW,
+    ("text_guided_scores", "triton"): _GPU,
     ("uniform_indices", "cpu"): _ANY,
+    ("uniform_indices", "triton"): _ANY,
 }
 _OVERLOADS = {
     (namespace, name): getattr(getattr(torch.ops, namespace), name).default

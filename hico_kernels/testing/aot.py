@@ -90,7 +90,7 @@ def _resources(compiled) -> dict:
 
 def _row(kernel: JITFunction, compiled, capability: int, operation: str, dtype) -> dict:
     dots = re.findall(r"tt\.dot\b.*", compiled.asm["ttir"])
-    narrow = [dot for dot in dots if "inputPrecision = ieee" not in dot or "xf32" not in dot]
+    exact = [dot for dot in dots if re.search(r"xf32[,>].*\*", dot) and "tf32" not in dot]
     return {
         "kernel": f"{kernel.__module__}.{kernel.__name__}",
         "operation": operation,
@@ -99,7 +99,7 @@ def _row(kernel: JITFunction, compiled, capability: int, operation: str, dtype) 
         "warps": compiled.metadata.num_warps,
         "shared": compiled.metadata.shared,
         "shared_limit": SHARED[capability],
-        "dots": len(narrow),  # that are meant for the matrix units
+        "dots": len(dots) - len(exact),  # that are meant for the matrix units
         "matrix_products": compiled.asm["ptx"].count(TARGETS[capability]),
         "small_matrix_products": compiled.asm["ptx"].count(TARGETS[80]),
         **_resources(compiled),

@@ -46,7 +46,7 @@ def _text_guided_scores(dtype: torch.dtype) -> Iterator[tuple]:
 
 
 def _select_topk(dtype: torch.dtype) -> Iterator[tuple]:
-    for lengths in ([160000], [1000, 4096]):
+    for lengths in ([160000], [1000, 500]):
         keep = [n // 2 for n in lengths]
         yield (_empty(sum(lengths), dtype=torch.float32), cu_seqlens(lengths), keep), {}
 
