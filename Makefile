@@ -40,8 +40,8 @@ instructions: $(READY)  ## count the instructions of every CPU kernel and keep t
 check-instructions: $(READY)  ## fail when a CPU kernel executes more instructions than kept
 	@$(BIN)/python -m bench.instructions
 
-gpu: $(READY)  ## checks and measurements on a CUDA device; results go to OUT
-	@$(BIN)/python -m hico_kernels.testing.gpu --out $(OUT)
+gpu:  ## checks and measurements on a CUDA device, without network; results go to OUT
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m hico_kernels.testing.gpu --out $(OUT)
 
 # Without the leak test: it watches the process grow, and ASAN keeps freed memory on purpose.
 asan: $(READY)  ## the suite with the native code under ASAN and UBSAN

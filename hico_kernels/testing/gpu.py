@@ -1,62 +1,213 @@
 """Checks and measures the library on a CUDA device: ``python -m hico_kernels.testing.gpu --out
 DIR``.
 
-Runs from a checkout. Each part has its own time limit and writes DIR/<part>.txt as it goes, so a
-failure in one does not lose another's results; the benchmarks also write DIR/bench.json.
+Runs from a checkout, installed or not, without network, in less than 9 minutes. Each part has its
+own processes and time limit, so a failure in one does not lose another's results: DIR/gpu.json and
+DIR/gpu.md (what gpu_table.py makes of it) are written after every part, DIR/gpu.log has all output.
+What this machine lacks is left out, and said.
 """
 
 import argparse
+import contextlib
+import datetime
+import importlib.util
+import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from hico_kernels import ops
+from hico_kernels.testing import gpu_table
+
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = {"info": 60, "tests": 240, "bench": 240}
+GRACE = 5  # seconds between asking a command to end and ending it
 
 
-def _command(part: str, out: Path) -> list[str]:
-    pytest = [sys.executable, "-m", "pytest", "-q"]
+@dataclass(frozen=True)
+class Part:
+    """Commands that run side by side, what they need, and how long they may take together."""
+
+    seconds: int
+    commands: tuple[tuple[str, ...], ...]
+    needs: tuple[str, ...] = ()  # modules
+
+
+def parts(out: Path) -> dict[str, Part]:
+    """What there is to do, in order. Tests go side by side, since most of their time is Triton's
+    compiler: a process for each operation.
+    """
+    python = (sys.executable,)
+    pytest = (*python, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider")
+    contracts = ("tests/test_contracts.py", "tests/test_gpu.py")
+    drawn = ("test_triton.py", "test_triton_merge.py", "test_triton_select.py")
+    others = (*drawn, "test_triton_attention.py")
+    others = tuple(f"tests/{file}" for file in others if (ROOT / "tests" / file).exists())
+    bench = {"merge": 90, "select": 35, "attention": 40, "table": 60}  # files' names begin so
     return {
-        "info": [sys.executable, "-m", "hico_kernels.info"],
-        "tests": [*pytest, "tests", "-k", "cuda"],
-        "bench": [*pytest, "bench", "--benchmark-only", f"--benchmark-json={out / 'bench.json'}"],
-    }[part]
+        "build": Part(
+            80,
+            ((*python, "setup.py", "-q", "build_ext", "--inplace"),),
+            ("setuptools", "pybind11"),
+        ),
+        "info": Part(10, ((*python, "-m", "hico_kernels.info"),)),
+        "limits": Part(
+            25, ((*python, "-m", "hico_kernels.testing.gpu_limits", str(out / "limits.json")),)
+        ),
+        "tests": Part(
+            150,
+            (
+                *((*pytest, *contracts, "-k", f"cuda and {name}-") for name in ops.SCHEMAS),
+                (*pytest, *others),
+            ),
+            ("pytest", "triton"),
+        ),
+        **{
+            f"bench_{name}": Part(
+                seconds,
+                (
+                    (
+                        *pytest,
+                        *map(str, sorted((ROOT / "bench").glob(f"test_{name}*.py"))),
+                        "--benchmark-only",
+                        f"--benchmark-json={out / f'bench_{name}.json'}",
+                    ),
+                ),
+                ("pytest", "pytest_benchmark"),
+            )
+            for name, seconds in bench.items()
+        },
+    }
 
 
-def run(part: str, out: Path) -> str:
-    """Run one part and say in a line how it went."""
-    start = time.perf_counter()
-    with (out / f"{part}.txt").open("w") as log:
-        try:
-            code = subprocess.run(
-                _command(part, out), cwd=ROOT, stdout=log, stderr=log, timeout=SECONDS[part]
-            ).returncode
-            outcome = "passed" if code == 0 else f"FAILED with exit code {code}"
-        except subprocess.TimeoutExpired:
-            outcome = f"FAILED: stopped after {SECONDS[part]} s"
-    return f"{part:<6} {time.perf_counter() - start:6.1f} s  {outcome}"
+def missing(part: Part) -> list[str]:
+    """Modules that a part needs and that are not here."""
+    return [name for name in part.needs if importlib.util.find_spec(name) is None]
 
 
-def main() -> int:
-    """Run the parts that were asked for; 0 when all passed, 2 without a CUDA device."""
+def run(part: Part, log: Path) -> dict:
+    """Run a part's commands together; what came of it."""
+    if absent := missing(part):
+        return {"outcome": "left out", "why": f"not installed: {', '.join(absent)}", "seconds": 0}
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.symlink(ROOT / "model", Path(scratch, "hico_model"))  # as an installation would have it
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, (str(ROOT), scratch, os.environ.get("PYTHONPATH")))
+            )
+        }
+        running = [_start(c, Path(scratch, str(i)), env) for i, c in enumerate(part.commands)]
+        outcomes = [_finish(process, start + part.seconds) for process in running]
+        texts = [
+            Path(scratch, str(i)).read_text(errors="replace") for i in range(len(part.commands))
+        ]
+    with log.open("a") as file:
+        for command, outcome, text in zip(part.commands, outcomes, texts, strict=True):
+            file.write(f"\n$ {' '.join(command)}\n{text}\n[{outcome}]\n")
+    return {
+        "outcome": next((x for x in outcomes if x != "passed"), "passed"),
+        "seconds": round(time.monotonic() - start, 1),
+        "commands": [
+            {"command": " ".join(command[1:]), "outcome": outcome, **_said(text)}
+            for command, outcome, text in zip(part.commands, outcomes, texts, strict=True)
+        ],
+    }
+
+
+def _start(command: tuple[str, ...], output: Path, env: dict) -> subprocess.Popen:
+    with output.open("w") as file:  # a session of its own: its children end with it
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
+        )
+
+
+def _finish(process: subprocess.Popen, deadline: float) -> str:
+    try:
+        code = process.wait(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)  # pytest then writes what it has
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "stopped at the time limit"
+    return "passed" if code == 0 else f"failed with exit code {code}"
+
+
+def _said(text: str) -> dict:
+    """Pytest's counts, failures and reasons for leaving out; the last lines where it broke off."""
+    lines = text.splitlines()
+    said = {"failures": [x for x in lines if re.match(r"(FAILED|ERROR) ", x)]}
+    said["skipped"] = [x for x in lines if x.startswith("SKIPPED ")]
+    counts = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", lines[-1] if lines else "")
+    said["counts"] = {name: int(number) for number, name in counts}
+    if not counts:
+        said["last_lines"] = lines[-5:]
+    return {name: value for name, value in said.items() if value}
+
+
+def _gathered(done: dict, out: Path) -> dict:
+    report = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "date": datetime.date.today().isoformat(),
+        "parts": done,
+    }
+    found = {name: out / f"{name}.json" for name in done}
+    found = {name: json.loads(file.read_text()) for name, file in found.items() if file.exists()}
+    if "limits" in found:
+        report["limits"] = found.pop("limits")
+    report["bench"] = [_compact(run) for run in found.values()]
+    return report
+
+
+def _compact(run: dict) -> dict:
+    """What bench/results.py keeps of the benchmarks that came to their end."""
+    from bench import results  # of the checkout
+
+    ended = {"percent_of_floor", "observed"}
+    lines = [x for x in run["benchmarks"] if ended & x["extra_info"].keys()]
+    return results.compact(run | {"benchmarks": lines})
+
+
+def work(todo: dict[str, Part], out: Path) -> int:
+    """Run the parts one after the other and write what is known after each; 0 when none failed."""
+    out.mkdir(parents=True, exist_ok=True)
+    log, done = out / "gpu.log", {}
+    log.write_text("")
+    for name, part in todo.items():
+        done[name] = run(part, log)
+        line = f"{name:<7}{done[name]['seconds']:7.1f} s  {done[name]['outcome']}"
+        print(line, done[name].get("why", ""), flush=True)
+        report = _gathered(done, out)
+        (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+        (out / "gpu.md").write_text(gpu_table.markdown(report))
+    return int(any(x["outcome"] not in ("passed", "left out") for x in done.values()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the parts that were asked for; 0 when none failed, 2 without a CUDA device."""
     parser = argparse.ArgumentParser(prog="hico_kernels.testing.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--only", choices=SECONDS, action="append", help="this part (repeatable)")
-    args = parser.parse_args()
+    names = list(parts(Path()))
+    parser.add_argument("--only", choices=names, action="append", help="this part (repeatable)")
+    args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("make gpu needs a CUDA device, and this torch sees none", file=sys.stderr)
         return 2
-    out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for part in args.only or SECONDS:
-        lines.append(run(part, out))
-        print(lines[-1], flush=True)
-        (out / "summary.txt").write_text("\n".join(lines) + "\n")
-    return int(any("FAILED" in line for line in lines))
+    sys.path.insert(0, str(ROOT))
+    every = parts(args.out.resolve())
+    return work({name: every[name] for name in args.only or names}, args.out.resolve())
 
 
 if __name__ == "__main__":
