@@ -9,7 +9,7 @@ READY := $(VENV)/.hico-ready
 SAY := @printf '\033[1m==>\033[0m %s\n'
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench instructions check-instructions gpu asan build clean
+.PHONY: demo test lint format bench report instructions check-instructions gpu asan build clean
 
 demo: $(READY)  ## a real video through the whole flow: a table here, pictures in hico_demo.html
 	$(SAY) "running the demo"
@@ -34,10 +34,16 @@ bench: $(READY)  ## timings against floors and alternatives; results go to bench
 	@$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-json=build/bench.json
 	@$(BIN)/python -m bench.results build/bench.json
 
+report: $(READY)  ## write what was measured into README and docs
+	@$(BIN)/python -m bench.report
+
 instructions: $(READY)  ## count the instructions of every CPU kernel and keep the figures
 	@$(BIN)/python -m bench.instructions --write
 
-check-instructions: $(READY)  ## fail when a CPU kernel executes more instructions than kept
+check-report: $(READY)  ## write what was measured into README and docs
+	@$(BIN)/python -m bench.report
+
+instructions: $(READY)  ## fail when a CPU kernel executes more instructions than kept
 	@$(BIN)/python -m bench.instructions
 
 gpu:  ## checks and measurements on a CUDA device, without network; results go to OUT

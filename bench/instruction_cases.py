@@ -44,11 +44,12 @@ def _merging(dtype: torch.dtype) -> dict[str, Callable]:
 
 def _selecting(dtype: torch.dtype) -> dict[str, Callable]:
     q, k = torch.randn(4, 8, 128, dtype=dtype), torch.randn(512, 2, 128, dtype=dtype)
-    cu_q, cu_k = cu_seqlens([4]), cu_seqlens([512])
+    cu_q, cu_one, cu_k = cu_seqlens([4]), cu_seqlens([1]), cu_seqlens([512])
     x, index = torch.randn(1024, 128, dtype=dtype), torch.arange(0, 1024, 2)
     grad = x[:512]
     return {
         "text_guided_scores-R4_S512": lambda: OPS.text_guided_scores(q, k, cu_q, cu_k, 0.1),
+        "text_guided_scores-R1_S512": lambda: OPS.text_guided_scores(q[:1], k, cu_one, cu_k, 0.1),
         "gather_tokens-1024to512": lambda: OPS.gather_tokens(x, index),
         "gather_tokens_backward-512to1024": lambda: OPS.gather_tokens_backward(grad, index, 1024),
     }

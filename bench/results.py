@@ -172,6 +172,12 @@ def load(kind: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
     return sorted(found, key=lambda x: x["type"] != "cuda")
 
 
+def history(kept: dict[str, Any], folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """The runs of the device of a kept file, oldest first."""
+    file = folder / folder_of(kept["device"]) / "history.json"
+    return json.loads(file.read_text())["results"] if file.exists() else []
+
+
 def _digits(seconds: float) -> float:
     return float(f"{seconds:.4g}")
 

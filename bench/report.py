@@ -1,0 +1,193 @@
+"""Writes what was measured into README.md, and draws it: python -m bench.report
+
+README's part between the markers follows from the files in bench/results and the cost model; so do
+the pictures docs/cost-*.svg and docs/ops-*.svg, and build/report.html, one page with all of it.
+"""
+
+import sys
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench import results
+from bench.results import OURS, Name
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- bench: written by `make report` -->", "<!-- /bench -->"
+WIDTH = 830  # pixels of a README
+
+
+class Run(NamedTuple):
+    """Our implementation with some number of threads."""
+
+    threads: int | None
+    seconds: float
+    percent: float | None  # of the floor, where there is one
+    rival: str | None  # the best alternative
+    ratio: float | None  # how many times as fast as that we are
+
+
+class Problem(NamedTuple):
+    """What is computed, and our runs of it."""
+
+    op: str
+    shape: str
+    dtype: str
+    runs: list[Run]
+
+    @property
+    def lost(self) -> list[Run]:
+        """Where the alternative is faster."""
+        return [run for run in self.runs if run.ratio is not None and run.ratio < 1]
+
+
+def problems(ops: dict[str, Any]) -> list[Problem]:
+    """All problems of a file of results, in its order."""
+    found: dict[tuple[str, str, str], Problem] = {}
+    for line in ops["results"]:
+        name = Name.parse(line["name"])
+        if name.impl != OURS:
+            continue
+        rival, ratio = min(
+            line["times_as_fast"].items(), key=lambda pair: pair[1], default=(None, None)
+        )
+        run = Run(name.threads, line["median_s"], line.get("percent_of_floor"), rival, ratio)
+        key = name.op, name.shape, name.dtype
+        found.setdefault(key, Problem(*key, [])).runs.append(run)
+    return list(found.values())
+
+
+def device_line(kept: dict[str, Any]) -> str:
+    """Where and when results were measured."""
+    return (
+        f"{kept['device']}, torch {kept['versions']['torch']}, commit {kept['commit']}, "
+        f"{kept['date']}"
+    )
+
+
+def verdict(found: list[Problem]) -> str:
+    """In how many comparisons we win, and every one that we lose."""
+    runs = [run for problem in found for run in problem.runs if run.ratio is not None]
+    lost = [(problem, run) for problem in found for run in problem.lost]
+    won = f"Faster than the best alternative in {len(runs) - len(lost)} of {len(runs)} comparisons"
+    if not lost:
+        return won + "."
+    named = [
+        f"{run.rival} in {problem.op} {problem.shape} {problem.dtype}{_threads(run)} "
+        f"({1 / run.ratio:.2f} x)"
+        for problem, run in lost
+    ]
+    return f"{won}; slower than {', '.join(named)}."
+
+
+def table(found: list[Problem]) -> list[str]:
+    """A row for each problem; where an alternative wins, its cell says so in bold."""
+    counts = sorted({run.threads for problem in found for run in problem.runs} - {None})
+    threads = f", {' / '.join(map(str, counts))} threads" * bool(counts)
+    lines = [
+        f"| operation | shape | | time{threads} | % of the floor | beside the best alternative |",
+        "|---|---|---|---|---|---|",
+    ]
+    for problem in found:
+        cells = [problem.op, problem.shape, problem.dtype]
+        cells += [" / ".join(map(duration, (run.seconds for run in problem.runs)))]
+        percents = [run.percent for run in problem.runs]
+        cells += [" / ".join(f"{x:.0f}" for x in percents if x is not None)]
+        cells += [" / ".join(map(beside, problem.runs))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def beside(run: Run) -> str:
+    """How a run stands beside its best alternative."""
+    if run.ratio is None:
+        return ""
+    if run.ratio < 1:
+        return f"**{run.rival} wins: {1 / run.ratio:.2f} x**"
+    return f"{times(run.ratio)} x {run.rival}"
+
+
+def times(ratio: float) -> str:
+    """Two digits, and all before the point."""
+    return f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def _threads(run: Run) -> str:
+    if run.threads is None:
+        return ""
+    return f" on {run.threads} thread" + "s" * (run.threads > 1)
+
+
+def picture(name: str, text: str) -> str:
+    """HTML of a picture that docs/ has for light and dark pages."""
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="docs/{name}-dark.svg">'
+        f'<img src="docs/{name}-light.svg" width="{WIDTH}" alt="{escape(text)}"></picture>'
+    )
+
+
+def ops_picture(kept: dict[str, Any]) -> str:
+    """The name of a device's picture."""
+    return f"ops-{results.folder_of(kept['device'])}"
+
+
+def readme_part(folder: Path = results.FOLDER) -> str:
+    """What stands between README's markers, for the results in the folder."""
+    measured = results.load("tables", folder)
+    where = f"measured: {device_line(measured[0])}" if measured else "not measured so far"
+    caption = (
+        "Table 1 of VideoChat-Flash. Lines: `hico_kernels/flops.py`, with so many tokens a frame; "
+        f"markers: what the paper prints; time to the first token {where}."
+    )
+    parts = [picture("cost", "FLOPs, memory and time from 64 to 10,000 frames"), caption]
+    for kept in results.load("ops", folder):
+        found = problems(kept)
+        parts += [
+            picture(ops_picture(kept), "Percent of the floor and speed beside alternatives"),
+            f"{device_line(kept)}; medians. {verdict(found)}",
+            "<details><summary>All rows</summary>",
+            "\n".join(table(found)),
+            "</details>",
+        ]
+        if len(results.history(kept, folder)) > 1:
+            name = ops_picture(kept).replace("ops", "progress", 1)
+            parts.append(picture(name, "Speed of every operation over commits"))
+    return "\n\n".join(parts)
+
+
+def with_part(readme: str, part: str) -> str:
+    """README with the part between its markers."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{part}\n\n{END}{after}"
+
+
+def main() -> int:
+    """See the module's text."""
+    try:
+        from bench import page, pictures
+    except ModuleNotFoundError as e:
+        print(f"bench.report needs {e.name}: pip install '.[bench]'", file=sys.stderr)
+        return 1
+    readme = ROOT / "README.md"
+    readme.write_text(with_part(readme.read_text(), readme_part()))
+    written = [
+        readme,
+        *pictures.draw(ROOT / "docs"),
+        page.write(ROOT / "build" / "report.html", ROOT / "docs"),
+    ]
+    for file in written:
+        print(f"wrote {file.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

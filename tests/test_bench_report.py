@@ -1,0 +1,115 @@
+"""README shows the results in the repository, and says where an alternative wins."""
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from bench import report, results
+
+ROOT = Path(__file__).parents[1]
+LINES = [
+    ("merge-clip-f32-hico-t1", 0.002, 40.0),
+    ("merge-clip-f32-hico-t2", 0.001, 35.0),
+    ("merge-clip-f32-eager-t1", 0.008, 10.0),
+    ("merge-clip-f32-eager-t2", 0.007, 5.0),
+    ("merge-clip-f32-compiled-t1", 0.001, 80.0),
+    ("merge-clip-f32-compiled-t2", 0.002, 17.5),
+    ("score-long_video-bf16-hico-t1", 2.5e-5, 0.0),
+    ("score-long_video-bf16-torch-t1", 0.0075, 0.0),
+]
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A folder of results, twice measured."""
+    machine = {"device": "A CPU, 2 CPUs", "type": "cpu", "torch": "2.13.0", "limits": {}}
+    for commit, faster in (("aaa", 1), ("bbb", 2)):
+        lines = [
+            {
+                "name": name,
+                "stats": {"min": seconds / faster, "median": seconds / faster},
+                "extra_info": {"percent_of_floor": percent},
+            }
+            for name, seconds, percent in LINES
+        ]
+        monkeypatch.setattr(results, "commit", lambda commit=commit: commit)
+        results.write({"machine_info": machine, "benchmarks": lines}, tmp_path)
+    return tmp_path
+
+
+def test_readme_shows_the_results_of_the_repository():
+    readme = (ROOT / "README.md").read_text()
+    assert report.with_part(readme, report.readme_part()) == readme
+
+
+def test_readmes_pictures_are_of_the_results_of_the_repository():
+    devices = {
+        report.device_line(kept) for kind in ("ops", "tables") for kept in results.load(kind)
+    }
+    devices.add("no measurements")
+    named = re.findall(r"docs/[\w.-]+\.svg", report.readme_part())
+    assert len(named) >= 2
+    for name in named:
+        about = [
+            e.text for e in ElementTree.parse(ROOT / name).iter() if e.tag.endswith("description")
+        ]
+        assert about[0] in devices
+
+
+def test_where_an_alternative_wins_the_table_says_so(kept):
+    (ops,) = results.load("ops", kept)
+    found = report.problems(ops)
+    _, _, merge, score = report.table(found)
+    assert merge == (
+        "| merge | clip | f32 | 1 ms / 500 us | 40 / 35 "
+        "| **compiled wins: 2.00 x** / 2 x compiled |"
+    )
+    assert score == "| score | long_video | bf16 | 12.5 us |  | 300 x torch |"
+    assert report.verdict(found) == (
+        "Faster than the best alternative in 2 of 3 comparisons; slower than compiled in merge "
+        "clip f32 on 1 thread (2.00 x)."
+    )
+    assert report.verdict(found[1:]) == ("Faster than the best alternative in 1 of 1 comparisons.")
+
+
+def test_readmes_part_names_device_commit_and_every_picture(kept):
+    part = report.readme_part(kept)
+    assert "A CPU, 2 CPUs, torch 2.13.0, commit bbb" in part
+    assert "not measured so far" in part
+    for name in ("cost", "ops-a-cpu-2-cpus", "progress-a-cpu-2-cpus"):
+        assert f'srcset="docs/{name}-dark.svg"' in part
+        assert f'src="docs/{name}-light.svg"' in part
+
+
+def test_pictures_and_page_are_drawn_and_drawn_again_the_same(kept, tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench import page, pictures
+
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    files = pictures.draw(folder, kept)
+    before = {file.name: file.read_bytes() for file in files}
+    names = ("cost", "ops-a-cpu-2-cpus", "progress-a-cpu-2-cpus")
+    assert set(before) == {f"{name}-{theme}.svg" for name in names for theme in ("light", "dark")}
+    assert {file.name: file.read_bytes() for file in pictures.draw(folder, kept)} == before
+    shown = before["ops-a-cpu-2-cpus-light.svg"].decode()
+    for text in ("0.5 compiled", "2 compiled", "300 torch", "no floor", "long_video bf16"):
+        assert f">{text}<" in shown
+    text = page.write(tmp_path / "report.html", folder, kept).read_text()
+    assert text.count("data:image/svg+xml;base64,") == 6
+    assert "docs/" not in text
+    assert "<b>compiled wins: 2.00 x</b>" in text
+    assert "2368810.0" in text
+
+
+def test_the_pages_markdown():
+    pytest.importorskip("transformers")
+    from bench.page import html
+
+    assert html("a < b, `c` and **d**") == "<p>a &lt; b, <code>c</code> and <b>d</b></p>"
+    assert html("- x\n- y") == "<ul><li>x</li><li>y</li></ul>"
+    assert html("| a | b |\n|---|---|\n| x | 1.5 |") == (
+        '<table><tr><th>a</th><th>b</th></tr><tr><td>x</td><td class="number">1.5</td></tr></table>'
+    )
