@@ -95,13 +95,9 @@ def limit_memory() -> None:
 
 @functools.lru_cache(maxsize=1)  # two do not fit
 def _model(config: Config, vision: bool, device: str) -> nn.Module:
+    """With random weights, drawn on the device: that takes a second instead of a minute."""
     with torch.device("meta"):
         model = VideoChatFlash(config, device="meta") if vision else LanguageModel(config)
-    return with_weights(model, device)
-
-
-def with_weights(model: nn.Module, device: str) -> nn.Module:
-    """A model from the meta device with random weights, drawn on `device`: seconds, not minutes."""
     model = model.eval().to(dtype_of(device)).to_empty(device=device)
     for weight in model.parameters():
         weight.data.fill_(1.0) if weight.dim() < 2 else weight.data.normal_(std=0.02)
@@ -131,14 +127,24 @@ def first_token(
         "frames": frames,
         "tokens_per_frame": system.tokens_per_frame,
     }
+    plan = plan or system.plan
+    if device == "cuda":
+        limit_memory()
     try:
-        return head | _first_token(system, frames, device, text, plan or system.plan)
+        _warm_up(system, device, text, plan)
+        return head | _first_token(system, frames, device, text, plan)
     except torch.OutOfMemoryError:
         return head | {"oom_at_gb": CARD_BYTES / 1e9}
     finally:
         if device == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
+
+
+@functools.cache
+def _warm_up(system: System, device: str, text: int, plan: DropPlan) -> None:
+    """Load and compile what the first run would wait for, on one clip."""
+    _first_token(system, system.config.frames_per_clip, device, text, plan)
 
 
 @torch.no_grad()

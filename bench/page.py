@@ -59,7 +59,7 @@ def html(markdown: str) -> str:
 
 
 def _cell(text: str) -> str:
-    kind = ' class="number"' if re.match(r"[\d.]+(\*| |$)", text) else ""
+    kind = ' class="number"' if re.match(r"[\d.]+\*?$", text) else ""
     return f"<td{kind}>{inline(text)}</td>"
 
 

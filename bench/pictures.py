@@ -179,11 +179,11 @@ def _times(ax: Axes, theme: Theme, measured: dict[str, Any] | None) -> str:
     for impl, (system, style) in MEASURED.items():
         points = [(x["frames"], x["first_token_s"]) for name, x in lines if name == impl]
         if points:
-            line = ax.plot(*zip(*points, strict=True), color=theme.systems[system], ls=style)
-            ax.plot(*zip(*points, strict=True), "s", color=line[0].get_color(), markersize=4)
+            xs, ys = zip(*points, strict=True)
+            ax.plot(xs, ys, "s", color=theme.systems[system], ls=style, markersize=4)
             if style == ":":
-                ax.annotate("with drops", points[-1], (-4, -12), textcoords="offset points",
-                            ha="right", fontsize=8, color=line[0].get_color())  # fmt: skip
+                label = {"xytext": (6, -10), "textcoords": "offset points", "fontsize": 8}
+                ax.annotate("with drops", points[-2], color=theme.systems[system], **label)
     return f", {lines[0][1]['size']}"
 
 

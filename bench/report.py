@@ -126,6 +126,37 @@ def _threads(run: Run) -> str:
     return f" on {run.threads} thread" + "s" * (run.threads > 1)
 
 
+def stages(tables: dict[str, Any]) -> list[str]:
+    """A row for each way through a model that was measured, in seconds."""
+    columns = {
+        "clips_s": "clips",
+        "encode_s": "encode",
+        "merge_s": "merge",
+        "project_s": "project",
+        "prefill_s": "prefill",
+        "drop_s": "drop",
+        "first_token_s": "first token",
+        "frames_per_s": "frames/s",
+        "decode_tokens_per_s": "new tokens/s",
+        "peak_gb": "peak GB",
+    }
+    lines = [f"| model, drops | frames | {' | '.join(columns.values())} |"]
+    lines.append("|---|" + "---|" * (len(columns) + 1))
+    for line in tables["results"]:
+        if "frames" not in line:
+            continue
+        what = "oom" if "oom_at_gb" in line else ""
+        cells = [Name.parse(line["name"]).impl, str(line["frames"])]
+        cells += [f"{x:.3g}" if (x := line.get(column)) else what for column in columns]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def folded(title: str, lines: list[str]) -> list[str]:
+    """A table that opens with a click."""
+    return [f"<details><summary>{title}</summary>", "\n".join(lines), "</details>"]
+
+
 def picture(name: str, text: str) -> str:
     """HTML of a picture that docs/ has for light and dark pages."""
     return (
@@ -142,20 +173,23 @@ def ops_picture(kept: dict[str, Any]) -> str:
 def readme_part(folder: Path = results.FOLDER) -> str:
     """What stands between README's markers, for the results in the folder."""
     measured = results.load("tables", folder)
-    where = f"measured: {device_line(measured[0])}" if measured else "not measured so far"
+    where = "not measured so far"
+    if measured:
+        nano = "of `nano` at an eighth of the tokens, " * (measured[0]["type"] == "cpu")
+        where = f"{nano}measured: {device_line(measured[0])}"
     caption = (
         "Table 1 of VideoChat-Flash. Lines: `hico_kernels/flops.py`, with so many tokens a frame; "
         f"markers: what the paper prints; time to the first token {where}."
     )
     parts = [picture("cost", "FLOPs, memory and time from 64 to 10,000 frames"), caption]
+    if measured:
+        parts += folded("Time to the first token by stage", stages(measured[0]))
     for kept in results.load("ops", folder):
         found = problems(kept)
         parts += [
             picture(ops_picture(kept), "Percent of the floor and speed beside alternatives"),
             f"{device_line(kept)}; medians. {verdict(found)}",
-            "<details><summary>All rows</summary>",
-            "\n".join(table(found)),
-            "</details>",
+            *folded("All rows", table(found)),
         ]
         if len(results.history(kept, folder)) > 1:
             name = ops_picture(kept).replace("ops", "progress", 1)

@@ -74,6 +74,20 @@ def test_where_an_alternative_wins_the_table_says_so(kept):
     assert report.verdict(found[1:]) == ("Faster than the best alternative in 1 of 1 comparisons.")
 
 
+def test_the_way_to_the_first_token_is_shown_by_stage():
+    entries = [
+        {"name": "first_token-64frames-bf16-longva", "frames": 64, "encode_s": 0.0,
+         "prefill_s": 0.61234, "first_token_s": 0.7, "decode_tokens_per_s": 41.23},
+        {"name": "first_token-10000frames-bf16-longva", "frames": 10000, "oom_at_gb": 80.0},
+        {"name": "encoder-8frames-bf16-umt_l", "latency_s": 0.01},
+    ]  # fmt: skip
+    _, _, *rows = report.stages({"results": entries})
+    assert rows == [
+        "| longva | 64 |  |  |  |  | 0.612 |  | 0.7 |  | 41.2 |  |",
+        "| longva | 10000 |" + " oom |" * 10,
+    ]
+
+
 def test_readmes_part_names_device_commit_and_every_picture(kept):
     part = report.readme_part(kept)
     assert "A CPU, 2 CPUs, torch 2.13.0, commit bbb" in part
