@@ -76,9 +76,9 @@ def _attending(dtype: torch.dtype) -> dict[str, Callable]:
 
 
 def main() -> None:
-    """Count each case into a file of callgrind's, with the help of the library in argv[1]."""
+    """Count each case into a file of callgrind's: with the switch argv[1], on the path argv[2]."""
     torch.set_num_threads(1)
-    OPS.use_cpu_path("avx2")  # the best that valgrind knows
+    OPS.use_cpu_path(sys.argv[2])
     callgrind = ctypes.CDLL(sys.argv[1])
     for name, run in cases().items():
         run()  # not its first call: what is set up once is not counted

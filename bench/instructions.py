@@ -22,6 +22,7 @@ from hico_kernels import native
 
 KEPT = Path(__file__).with_name("instructions.json")
 ROOT = Path(__file__).parents[1]
+PATH = "avx2"  # the best that valgrind knows
 TOLERANCE = 0.01  # the same machine code counts the same; what is left is other torch's random data
 SWITCH = """
 #include <valgrind/callgrind.h>
@@ -35,7 +36,11 @@ def missing() -> str | None:
     for tool in ("valgrind", "g++"):
         if shutil.which(tool) is None:
             return f"there is no {tool} here"
-    return native.reasons.get("_C_cpu")
+    if {"_C_cpu", "_host"} - native.loaded.keys():
+        return "the CPU kernels are not built"
+    if PATH not in native.loaded["_host"].cpu_paths():
+        return f"this processor has no {PATH}"
+    return None
 
 
 def compiler() -> str:
@@ -57,7 +62,7 @@ def count() -> dict[str, int]:
         subprocess.run(build, input=SWITCH, text=True, check=True)
         options = ["--instr-atstart=no", "--compress-strings=no", "--compress-pos=no"]
         command = ["valgrind", "-q", "--tool=callgrind", f"--callgrind-out-file={out}", *options]
-        command += [sys.executable, "-m", "bench.instruction_cases", str(switch)]
+        command += [sys.executable, "-m", "bench.instruction_cases", str(switch), PATH]
         subprocess.run(command, cwd=ROOT, check=True)
         parts = sorted(Path(folder).glob("out.*"), key=lambda part: int(part.suffix[1:]))
         return dict(read(part.read_text(), str(module())) for part in parts)
@@ -103,7 +108,7 @@ def differences(kept: dict[str, int], found: dict[str, int]) -> tuple[list[str],
 
 def write(found: dict[str, int]) -> None:
     """Keep the figures in the repository."""
-    text = json.dumps({"compiler": compiler(), "path": "avx2", "counts": found}, indent=1)
+    text = json.dumps({"compiler": compiler(), "path": PATH, "counts": found}, indent=1)
     KEPT.write_text(text + "\n")
     print(f"instructions: wrote {len(found)} counts to {KEPT.relative_to(ROOT)}")
 

@@ -127,7 +127,7 @@ def first_token(
         "frames": frames,
         "tokens_per_frame": system.tokens_per_frame,
     }
-    plan = plan or system.plan
+    plan = system.plan if plan is None else plan
     if device == "cuda":
         limit_memory()
     try:

@@ -89,6 +89,15 @@ def test_another_compiler_is_said_and_skipped(kept, capsys):
     assert "skipped, figures are of GCC: 13, here is GCC: 12" in capsys.readouterr().out
 
 
+def test_a_processor_without_the_path_is_said_and_skipped(monkeypatch, capsys):
+    host = type("host", (), {"cpu_paths": staticmethod(lambda: ["baseline"])})
+    monkeypatch.setattr(instructions.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(native, "loaded", {"_C_cpu": None, "_host": host})
+    monkeypatch.setattr("sys.argv", ["bench.instructions"])
+    assert instructions.main() == 0
+    assert capsys.readouterr().out == "instructions: skipped: this processor has no avx2\n"
+
+
 def test_without_valgrind_it_says_so_and_passes(monkeypatch, capsys):
     monkeypatch.setattr(instructions.shutil, "which", lambda tool: None)
     monkeypatch.setattr("sys.argv", ["bench.instructions"])
