@@ -12,6 +12,7 @@ from hico_kernels.native import load as _load
 from hico_kernels.patch import (
     DropPlan,
     PerFrame,
+    PreLLM,
     TextTopK,
     Uniform,
     UnsupportedModel,
@@ -28,6 +29,7 @@ __all__ = [
     "Matching",
     "MergedTokens",
     "PerFrame",
+    "PreLLM",
     "TextTopK",
     "Uniform",
     "UnsupportedModel",

@@ -16,6 +16,7 @@ from torch import nn
 from hico_kernels.patch import presets
 from hico_kernels.patch.families import UnsupportedModel, take_apart, why_not_renumber
 from hico_kernels.patch.plan import DropPlan, PerFrame, TextTopK, Uniform
+from hico_kernels.patch.prellm import PreLLM
 
 if TYPE_CHECKING:
     from hico_kernels.patch.handle import Handle
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DropPlan",
     "PerFrame",
+    "PreLLM",
     "TextTopK",
     "Uniform",
     "UnsupportedModel",
@@ -34,7 +36,7 @@ __all__ = [
 
 
 @contextmanager
-def compress(model: nn.Module, plan: DropPlan) -> "Iterator[Handle]":
+def compress(model: nn.Module, plan: DropPlan | PreLLM) -> "Iterator[Handle]":
     """`hico_kernels.patch` for the time of a with block."""
     from hico_kernels.patch import handle
 
@@ -70,8 +72,8 @@ def selfcheck(model: nn.Module, plan: DropPlan | None = None) -> dict[str, float
 
 
 class _Patch(ModuleType):
-    def __call__(self, model: nn.Module, plan: DropPlan) -> "Handle":
-        """Let `model` drop visual tokens by `plan` until `remove()` on what is returned."""
+    def __call__(self, model: nn.Module, plan: DropPlan | PreLLM) -> "Handle":
+        """Let `model` drop or merge visual tokens by `plan` until `remove()` on the result."""
         from hico_kernels.patch.handle import patch
 
         return patch(model, plan)

@@ -28,6 +28,7 @@ class Call:
     prompt: Prompt | None  # None: nothing to drop in this call
     clock: Clock
     frames: list[int] | None = None  # of each sequence, for plans that count by them
+    pick: Callable[[Tensor, list[int], list[int]], Tensor] = evenly  # how `Uniform` chooses
     rows: Rows | None = None  # None until the first drop
     counts: list[dict[int, int]] = field(default_factory=list)  # per row: layer -> visual kept
     kept: dict[int, Rows] = field(default_factory=dict)  # what each drop left
@@ -115,7 +116,7 @@ class Call:
             return None
         slots = rows.visual_slots(self.prompt)
         if isinstance(self.plan.drops[index], Uniform):
-            chosen = evenly(slots, rows.visual, keep)
+            chosen = self.pick(slots, rows.visual, keep)
         else:
             with self.clock.time("scoring", hidden.device):
                 chosen = self._best(layer, hidden, embeddings, rows, slots, keep)

@@ -25,22 +25,27 @@ from hico_kernels.patch.loss import why_not_labels, with_loss
 from hico_kernels.patch.masks import real_tokens
 from hico_kernels.patch.places import places
 from hico_kernels.patch.plan import DropPlan
+from hico_kernels.patch.prellm import PreLLM
 from hico_kernels.patch.report import Report
 from hico_kernels.patch.rows import Prompt
 
 
-def patch(model: nn.Module, plan: DropPlan) -> "Handle":
-    """Let `model` drop visual tokens by `plan` from now on, until `Handle.remove`.
+def patch(model: nn.Module, plan: DropPlan | PreLLM) -> "Handle":
+    """Let `model` drop or merge visual tokens by `plan` from now on, until `Handle.remove`.
 
     model: a transformers video model (`supports` says which). Raises `UnsupportedModel` with the
     reason for any other, and for one that is patched already; `ValueError` for a plan that does not
     fit. Nothing but this instance is touched, no copy of its weights is made.
     """
+    if isinstance(plan, PreLLM):
+        from hico_kernels.patch.premerge import PreHandle  # a kind of `Handle`
+
+        return PreHandle(model, take_apart(model), plan)
     return Handle(model, take_apart(model), plan)
 
 
 @contextmanager
-def compress(model: nn.Module, plan: DropPlan) -> Iterator["Handle"]:
+def compress(model: nn.Module, plan: DropPlan | PreLLM) -> Iterator["Handle"]:
     """`patch` for the time of a with block."""
     handle = patch(model, plan)
     try:
