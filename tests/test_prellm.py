@@ -107,6 +107,10 @@ def test_logits_are_those_of_inputs_merged_by_hand(name, plan, side):
 @pytest.mark.parametrize("beams", [1, 3])
 @torch.no_grad()
 def test_generate_goes_on_as_by_hand(name, beams):
+    if beams > 1 and tiny.VERSION < (5, 23):
+        pytest.skip("older transformers mix up the features of some families' beams")
+    if name == "qwen2_5_vl" and tiny.VERSION == (5, 4):
+        pytest.skip("5.4 gives generated tokens other positions, patched or not")
     model, inputs, plan = tiny.model(name), tiny.prompt(name, (0, 3)), PreLLM(3, 2)
     with hico_kernels.compress(model, plan):
         got = tiny.generate(model, inputs, num_beams=beams, output_scores=True)
@@ -123,6 +127,7 @@ def test_generate_goes_on_as_by_hand(name, beams):
             assert float(score) == pytest.approx(float(got.sequences_scores[row]), abs=1e-4)
 
 
+@pytest.mark.skipif(tiny.VERSION < (5, 0), reason="generate gives pixels to first turns only")
 @torch.no_grad()
 def test_a_second_turn_and_a_second_video_go_on_as_by_hand():
     name, plan = "llava_onevision", PreLLM(3, 2)
@@ -183,6 +188,8 @@ def test_videos_of_other_sizes_merge_by_their_own_frames():
         "pixel_values_videos": torch.randn(int(grids.prod(1).sum()), 96, dtype=torch.float64),
         "video_grid_thw": grids,
     }
+    if tiny.VERSION < (5, 3):
+        del inputs["mm_token_type_ids"]
     seen = stock(model, inputs)
     with hico_kernels.compress(model, plan) as handle:
         given = {}
@@ -223,10 +230,12 @@ def test_images_stay_bit_for_bit():
     picture = {
         "input_ids": ids.where(ids != tiny.VIDEO, tiny.IMAGE),
         "attention_mask": inputs["attention_mask"],
-        "mm_token_type_ids": inputs["mm_token_type_ids"] // 2,
+        "mm_token_type_ids": (ids == tiny.VIDEO).long(),
         "pixel_values": inputs["pixel_values_videos"],
         "image_grid_thw": inputs["video_grid_thw"],
     }
+    if tiny.VERSION < (5, 3):
+        del picture["mm_token_type_ids"]
     want = model(**picture).logits
     with hico_kernels.compress(model, PreLLM(3, 2)):
         assert torch.equal(model(**picture).logits, want)

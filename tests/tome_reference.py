@@ -33,6 +33,16 @@ def projections(attention: nn.Module, names: str) -> Callable[[Tensor], list[Ten
     return lambda x: [getattr(attention, name)(x) for name in names.split()]
 
 
+def older_qkv(a: nn.Module) -> Callable[[Tensor], list[Tensor]]:
+    q_bias, v_bias = getattr(a, "q_bias", None), getattr(a, "v_bias", None)
+
+    def qkv(x: Tensor) -> list[Tensor]:
+        q, k, v = a.query(x), a.key(x), a.value(x)
+        return [q if q_bias is None else q + q_bias, k, v if v_bias is None else v + v_bias]
+
+    return qkv
+
+
 def timm_qkv(a: nn.Module) -> Callable[[Tensor], list[Tensor]]:
     def qkv(x: Tensor) -> list[Tensor]:
         if a.qkv is None:
@@ -49,6 +59,16 @@ def timm_qkv(a: nn.Module) -> Callable[[Tensor], list[Tensor]]:
 
 def anatomy(b: nn.Module) -> Anatomy:
     kind = type(b).__name__
+    inner = getattr(getattr(b, "attention", None), "attention", None)
+    if inner is not None:  # VideoMAE, and ViT, DINOv2 of older transformers
+        if hasattr(b, "layer_scale1"):
+            norm, scale = b.norm1, lambda u: b.layer_scale1.lambda1 * u
+            mlp = lambda x: x + b.layer_scale2.lambda1 * b.mlp(b.norm2(x))  # noqa: E731
+        else:
+            norm, scale = b.layernorm_before, same
+            mlp = lambda x: x + b.output.dense(b.intermediate(b.layernorm_after(x)))  # noqa: E731
+        heads, project = inner.num_attention_heads, b.attention.output.dense
+        return Anatomy(norm, older_qkv(inner), heads, project, scale, mlp)
     if kind == "ViTLayer":
         a = b.attention
         qkv = projections(a, "q_proj k_proj v_proj")
@@ -59,12 +79,6 @@ def anatomy(b: nn.Module) -> Anatomy:
         qkv = projections(a, "q_proj k_proj v_proj")
         mlp = lambda x: x + b.mlp(b.layer_norm2(x))  # noqa: E731
         return Anatomy(b.layer_norm1, qkv, a.num_heads, a.out_proj, same, mlp)
-    if kind == "VideoMAELayer":
-        a = b.attention.attention
-        qkv = projections(a, "query key value")
-        mlp = lambda x: x + b.output.dense(b.intermediate(b.layernorm_after(x)))  # noqa: E731
-        heads, project = a.num_attention_heads, b.attention.output.dense
-        return Anatomy(b.layernorm_before, qkv, heads, project, same, mlp)
     if kind in ("Dinov2Layer", "Dinov2WithRegistersLayer", "DINOv3ViTLayer"):
         a = b.attention
         qkv = projections(a, "q_proj k_proj v_proj")

@@ -27,8 +27,10 @@ class Batch:
         mask = given.get("attention_mask") if self.kind.padded else None
         self.padded = mask is not None
         # Padding has size 0: it weighs nothing in a mean, and its log masks it out. The mask is
-        # [B, 1, T, T], alike for all queries.
-        self.sizes = torch.ones_like(self.assignment) if mask is None else mask[:, 0, 0].int()
+        # [B, 1, T, T], alike for all queries: bool, or 0 and a large negative number.
+        self.sizes = torch.ones_like(self.assignment)
+        if mask is not None:
+            self.sizes = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0].int()
 
     @property
     def bias(self) -> Tensor | None:

@@ -18,13 +18,13 @@ class Pooling:
     def __init__(self, tower: nn.Module, last: Callable[[], Batch]) -> None:
         self.last = last
         self._changes: list[Any] = []
-        head = getattr(tower, "head", None)
-        probe = getattr(head, "attention", None)
-        if isinstance(probe, nn.MultiheadAttention):  # transformers' SigLIP and SigLIP2
-            self._changes += [
-                head.register_forward_pre_hook(self._head, with_kwargs=True),
-                probe.register_forward_pre_hook(self._probe, with_kwargs=True),
-            ]
+        for head in tower.modules():  # of transformers' SigLIP and SigLIP2
+            probe = getattr(head, "attention", None)
+            if isinstance(probe, nn.MultiheadAttention):
+                self._changes += [
+                    head.register_forward_pre_hook(self._head, with_kwargs=True),
+                    probe.register_forward_pre_hook(self._probe, with_kwargs=True),
+                ]
         pool = getattr(tower, "attn_pool", None)
         if pool is not None:
             self._changes.append(pool.register_forward_pre_hook(self._latent, with_kwargs=True))
