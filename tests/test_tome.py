@@ -270,6 +270,19 @@ def test_threads_do_not_mix():
             assert equal(got, expected)
 
 
+@pytest.mark.parametrize("name", ["vit", "siglip2", "dinov3"])
+@torch.no_grad()
+def test_a_compiled_tower_gives_the_same(name):
+    tower, inputs = towers.tower(HF[name]), towers.inputs(HF[name])
+    handle = tome.patch(tower, r=4)
+    want, sizes = everything(tower(**inputs)), handle.sizes
+    torch._dynamo.reset()
+    got = everything(torch.compile(tower, backend="eager")(**inputs))
+    assert torch.equal(handle.sizes, sizes)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_failed_call_leaves_nothing_behind():
     kind = HF["vit"]
     tower, inputs = towers.tower(kind), towers.inputs(kind)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hico_kernels.patch.families import UnsupportedModel
@@ -35,6 +36,8 @@ class Ahead:
     ) -> None:
         self.norm, self.enter, self.local = block.norm, enter, local
         self.attention = Instead(block.attention, self._answer)
+        # Compiled attention would meet `Proportional` twice: while it is traced, and when it runs.
+        self._attend = torch.compiler.disable(self._attention)
         self.block = Instead(block.module, self._run)
 
     def remove(self) -> None:
@@ -49,16 +52,10 @@ class Ahead:
             return self.block.original(*args, **kwargs)
         # The blocks of all known towers pass on what they are given; `Answer.give` checks that.
         passed = self.attention.takes(batch.arguments(given))
-        with Proportional(batch.bias) as seen:
-            out = self.attention.original(self.norm(x), **passed)
-        if len(seen.keys) != 1:
-            raise UnsupportedModel(
-                f"vision_tower: {type(self.attention.module).__name__} called torch's scaled_dot_"
-                f"product_attention, where merging looks at the keys, {len(seen.keys)} times, not 1"
-            )
+        out, key = self._attend(x, passed, batch.bias)
         update, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         if r:
-            x, update = batch.merge(seen.keys[0], r, x, update)
+            x, update = batch.merge(key, r, x, update)
         answer = Answer(update if rest is None else (update, *rest), given)
         self.local.waiting = answer
         try:
@@ -67,6 +64,19 @@ class Ahead:
             self.local.waiting = None
         answer.check(self.block.module, out, x)
         return out
+
+    def _attention(
+        self, x: Tensor, passed: dict[str, Any], bias: Tensor | None
+    ) -> tuple[Any, Tensor]:
+        """What attention gives for the block's input, and its keys."""
+        with Proportional(bias) as seen:
+            out = self.attention.original(self.norm(x), **passed)
+        if len(seen.keys) != 1:
+            raise UnsupportedModel(
+                f"vision_tower: {type(self.attention.module).__name__} called torch's scaled_dot_"
+                f"product_attention, where merging looks at the keys, {len(seen.keys)} times, not 1"
+            )
+        return out, seen.keys[0]
 
     def _answer(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         answer = getattr(self.local, "waiting", None)
