@@ -353,6 +353,16 @@ def test_towers_with_a_patch_merger_are_refused(family, model):
     refused(visual, rf"cannot patch {model}: its .*2 x 2 neighbours .*PreLLM")
 
 
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_next_video", "internvl"])
+@torch.no_grad()
+def test_a_model_that_counts_on_a_whole_grid_raises(family):
+    model = patch_models.fresh(family)
+    handle = tome.patch(model.model.vision_tower, keep=0.5)
+    with pytest.raises((RuntimeError, ValueError)):
+        model(**patch_models.prompt(family))
+    assert handle.sizes.shape[1] in (8, 9)
+
+
 def test_attention_that_is_not_fused_is_refused():
     config = transformers.ViTConfig(**towers.SIZE)
     tower = transformers.ViTModel._from_config(config, attn_implementation="eager")
