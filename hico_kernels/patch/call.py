@@ -1,6 +1,6 @@
 """One forward call of a patched decoder: what is dropped in it, and what each layer is told."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hico_kernels.patch.clock import Clock
 from hico_kernels.patch.columns import Columns, layer_of
 from hico_kernels.patch.masks import layer_mask, real_tokens
-from hico_kernels.patch.plan import DropPlan, Uniform
+from hico_kernels.patch.plan import DropPlan, Rule, Uniform
 from hico_kernels.patch.rows import Prompt, Rows, best, evenly
 from hico_kernels.patch.scores import text_scores
 from hico_kernels.select import gather_tokens
@@ -27,6 +27,7 @@ class Call:
     mask: Tensor | None  # what the decoder was given: 2D, 4D or None
     prompt: Prompt | None  # None: nothing to drop in this call
     clock: Clock
+    probe: Any  # the config of attention that only looks, `scores.probe_config`
     frames: list[int] | None = None  # of each sequence, for plans that count by them
     pick: Callable[[Tensor, list[int], list[int]], Tensor] = evenly  # how `Uniform` chooses
     rows: Rows | None = None  # None until the first drop
@@ -34,11 +35,13 @@ class Call:
     kept: dict[int, Rows] = field(default_factory=dict)  # what each drop left
     widths: list[int] = field(default_factory=list)  # rows that each layer was given
     over: bool = False  # the decoder has returned
+    _rules: dict[int, Rule] = field(init=False)
     _steps: dict[int, tuple[Rows | None, Tensor | None]] = field(default_factory=dict)
     _placed: tuple[Tensor, Tensor] | None = None  # renumbered tables of the layer before
-    _once: dict[Hashable, list[tuple[tuple, Any]]] = field(default_factory=dict)
+    _once: dict[str, list[tuple[tuple, Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._rules = dict(self.plan.drops)  # torch.compile does not look into the plan's proxy
         if self.prompt is not None:
             frames = self.frames or [None] * self.batch
             self.counts = [
@@ -93,7 +96,7 @@ class Call:
         """
         if index not in self._steps:
             source = None
-            if index in self.plan.drops and self.prompt is not None:
+            if index in self._rules and self.prompt is not None:
                 source = self._drop(index, layer, hidden, embeddings)
             self._steps[index] = (self.rows, source)
             self.widths.append(hidden.shape[1] if self.rows is None else len(self.rows))
@@ -115,7 +118,7 @@ class Call:
         if keep == rows.visual:
             return None
         slots = rows.visual_slots(self.prompt)
-        if isinstance(self.plan.drops[index], Uniform):
+        if isinstance(self._rules[index], Uniform):
             chosen = self.pick(slots, rows.visual, keep)
         else:
             with self.clock.time("scoring", hidden.device):
@@ -139,18 +142,18 @@ class Call:
             renumbered = self.plan.positions == "renumber"
             embeddings = self._placed if renumbered else self._taken(embeddings)
         heard, lengths, asking = rows.heard_slots(self.prompt)
-        scores = text_scores(layer, hidden, embeddings, asking, heard, lengths)
+        scores = text_scores(layer, hidden, embeddings, asking, heard, lengths, self.probe)
         return best(slots, scores[torch.searchsorted(heard, slots)], rows.visual, keep)
 
     def _extend(self, store: Any, past: int, device: torch.device) -> tuple[Columns, Columns]:
         """The columns that the layer attends to, and those of them that are this call's."""
-        queries = self._remember(("queries", past), (), lambda: self._queries(past, device))
+        queries = self._remember("queries", (past,), lambda: self._queries(past, device))
         if store is None:
             return queries, queries
         old = store.columns
         if old is None:
             held = store.stored()
-            old = self._remember(("old", past, held), (), lambda: self._before(past, held, device))
+            old = self._remember("old", (past, held), lambda: self._before(past, held, device))
         store.extend(old, queries, past + self.length)
         return store.columns, queries
 
@@ -223,16 +226,23 @@ class Call:
             "tables", (tables[0],), lambda: (_take(tables[0], index), _take(tables[1], index))
         )
 
-    def _remember(self, name: Hashable, given: tuple, make: Callable[[], Any]) -> Any:
-        """`make()` once for the same objects `given`, until the next drop."""
+    def _remember(self, name: str, given: tuple, make: Callable[[], Any]) -> Any:
+        """`make()` once for the same ints and objects `given`, until the next drop.
+
+        They are no keys of a dict: torch.compile would make a graph for every length of a sequence.
+        """
         if self.over:  # what is made again in the backward pass is needed once
             return make()
         known = self._once.setdefault(name, [])
         for objects, value in known:
-            if all(a is b for a, b in zip(objects, given, strict=True)):
+            if all(map(_same, objects, given)):
                 return value
         known.append((given, make()))
         return known[-1][1]
+
+
+def _same(a: object, b: object) -> bool:
+    return a == b if isinstance(a, int) else a is b
 
 
 def rotary_name(layer: nn.Module, kwargs: Mapping[str, Any]) -> str:

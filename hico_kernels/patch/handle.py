@@ -28,6 +28,7 @@ from hico_kernels.patch.plan import DropPlan
 from hico_kernels.patch.prellm import PreLLM
 from hico_kernels.patch.report import Report
 from hico_kernels.patch.rows import Prompt
+from hico_kernels.patch.scores import probe_config
 
 
 def patch(model: nn.Module, plan: DropPlan | PreLLM) -> "Handle":
@@ -68,6 +69,7 @@ class Handle:
         self._check(plan)
         self._local = threading.local()  # calls of two threads do not mix
         self._last: Call | None = None  # the last call with visual tokens, for the report
+        self._probe = probe_config(parts.decoder.config)
         self._hooks = self._hook()
         self._undo = with_deepstack(parts.decoder, lambda: self._call)
         self._undo_loss: Callable[[], None] | None = None
@@ -197,7 +199,17 @@ class Handle:
             answers, labels = getattr(local, "answers", None), getattr(local, "labels", None)
             answers = answers if isinstance(answers, int) else 1
             prompt = Prompt.count(visual, real, answers, labels)
-        call = Call(self.plan, self.parts.decoder, batch, length, mask, prompt, Clock(), frames_of)
+        call = Call(
+            self.plan,
+            self.parts.decoder,
+            batch,
+            length,
+            mask,
+            prompt,
+            Clock(),
+            self._probe,
+            frames_of,
+        )
         if call.drops:
             self._check_call(cache)
         if prompt is not None:

@@ -2,6 +2,7 @@
 
 import copy
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +14,41 @@ from hico_kernels.select import text_guided_scores
 _PROBE = "hico_probe"
 
 
+def probe_config(config: Any) -> Any:
+    """A language model's config, with an attention function that only looks."""
+    probe = copy.copy(config)
+    probe._attn_implementation = _PROBE
+    return probe
+
+
 def attention_inputs(
-    layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor]
+    layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor], config: Any
 ) -> tuple[Tensor, Tensor, float]:
     """Queries [B, L, H, D], keys [B, L, Hkv, D] and the scale that `layer` would attend with.
 
     The layer's own code makes them (its projections, norms of queries and keys, rotary variant):
-    a shallow copy of its attention module runs with an attention function that only looks. The
-    module itself and its config are not touched.
+    a shallow copy of its attention module runs with `config`, of `probe_config`. The module itself
+    and its config are not touched. torch.compile cannot trace the copy; there the module has the
+    other config for the time of the trace, and what its output projection makes of the queries is
+    never used, so not computed.
     """
-    probe = copy.copy(layer.self_attn)
-    probe.config = copy.copy(probe.config)
-    probe.config._attn_implementation = _PROBE
-    probe._modules = {**probe._modules, "o_proj": nn.Identity()}
-    probe.hico_seen = []
-    type(probe).forward(
-        probe,
+    attention, seen = layer.self_attn, []
+    compiling = torch.compiler.is_compiling()
+    stock = attention.config
+    if not compiling:
+        attention = copy.copy(attention)
+        attention._modules = {**attention._modules, "o_proj": nn.Identity()}
+    attention.config = config
+    type(attention).forward(
+        attention,
         hidden_states=layer.input_layernorm(hidden),
         position_embeddings=embeddings,
         attention_mask=None,
+        hico_seen=seen,
     )
-    return probe.hico_seen[0]
+    if compiling:
+        attention.config = stock
+    return seen[0]
 
 
 def text_scores(
@@ -43,14 +58,16 @@ def text_scores(
     asking: Tensor,
     slots: Tensor,
     lengths: list[int],
+    config: Any,
 ) -> Tensor:
     """What the token `asking` of each row attends to among `slots`, a softmax over all of them.
 
     hidden [B, L, C]; asking [B] its column; slots [S] rows of the flattened [B*L], ascending, of
-    which each row of the batch has lengths[b] -> [S] float32 (float64 for float64).
+    which each row of the batch has lengths[b]; config: `probe_config`'s -> [S] float32 (float64 for
+    float64).
     """
     with torch.no_grad():
-        q, k, scale = attention_inputs(layer, hidden, embeddings)
+        q, k, scale = attention_inputs(layer, hidden, embeddings, config)
         rows = torch.arange(len(lengths) + 1, device=hidden.device)
         return text_guided_scores(
             q[rows[:-1], asking],
@@ -62,11 +79,18 @@ def text_scores(
 
 
 def _look(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    hico_seen: list,
+    scaling: float | None = None,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     query, key = query.transpose(1, 2), key.transpose(1, 2)
-    scale = kwargs.get("scaling")
-    module.hico_seen.append((query, key, query.shape[-1] ** -0.5 if scale is None else scale))
+    hico_seen.append((query, key, query.shape[-1] ** -0.5 if scaling is None else scaling))
     return query, None
 
 
