@@ -55,7 +55,7 @@ def parts(out: Path) -> dict[str, Part]:
         "build": Part(
             80,
             ((*python, "setup.py", "-q", "build_ext", "--inplace"),),
-            ("setuptools", "pybind11"),
+            ("setuptools",),
         ),
         "info": Part(10, ((*python, "-m", "hico_kernels.info"),)),
         "limits": Part(
