@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from hico_kernels import tome
+from hico_kernels.testing.budget import assert_within_budget
 from hico_kernels.tome import UnsupportedModel
 
 HF = towers.HF
@@ -184,14 +185,19 @@ def test_gradients_are_those_of_the_equations(name):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
+def two_colours():
+    """A SigLIP tower that sees no positions, and a picture with patches of two kinds."""
+    tower = towers.tower(HF["siglip"])
+    embeddings = next(m for m in tower.modules() if hasattr(m, "position_embedding"))
+    with torch.no_grad():
+        embeddings.position_embedding.weight.zero_()
+    colours = torch.randn(2, 3, 1, 1, dtype=torch.float64)
+    return tower, torch.where(torch.arange(24)[:, None] < 16, *colours).expand(1, 3, 24, 24)
+
+
 def test_equal_patches_merge_without_a_trace():
     """Sizes count in attention and in the pooling head: then nothing is lost."""
-    tower = towers.tower(HF["siglip"])
-    with torch.no_grad():
-        embeddings = (m for m in tower.modules() if hasattr(m, "position_embedding"))
-        next(embeddings).position_embedding.weight.zero_()
-    colours = torch.randn(2, 3, 1, 1, dtype=torch.float64)
-    picture = torch.where(torch.arange(24)[:, None] < 16, *colours).expand(1, 3, 24, 24)
+    tower, picture = two_colours()
     dense = tower(picture)
     handle = tome.patch(tower, r=5)
     merged = tower(picture)
@@ -202,6 +208,20 @@ def test_equal_patches_merge_without_a_trace():
     handle.remove()
     tome.patch(tower, r=5, prop_attn=False)
     assert (tower(picture).pooler_output - dense.pooler_output).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_merging_errs_no_more_than_the_tower_in_its_own_precision(dtype):
+    tower, picture = two_colours()
+    exact = tower(picture)
+    tower.to(dtype)
+    plain = tower(picture.to(dtype))
+    handle = tome.patch(tower, r=5)
+    merged = tower(picture.to(dtype))
+    tokens = handle.unmerge(merged.last_hidden_state)
+    assert_within_budget(tokens, exact.last_hidden_state, plain.last_hidden_state, "tokens")
+    assert_within_budget(merged.pooler_output, exact.pooler_output, plain.pooler_output, "pooled")
 
 
 def test_padding_changes_nothing():
