@@ -19,23 +19,26 @@ from hico_kernels.patch.prellm import LAYOUTS
 VIDEOS = {
     "qwen2_vl": (2, 6, 2),
     "qwen2_5_vl": (2, 6, 2),
+    "qwen3_vl": (2, 6, 2),
     "llava_onevision": (3, 4, 1),
     "llava_next_video": (3, 4, 1),
     "internvl": (3, 4, 1),
     "internvl-qwen3": (3, 4, 1),
 }
-MULTI_AXIS = ("qwen2_vl", "qwen2_5_vl")
+MULTI_AXIS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 every_model = pytest.mark.parametrize("name", VIDEOS)
 PLANS = [PreLLM(3, 2), PreLLM(5, 4), PreLLM(1, 2)]
 
 
 def by_hand(name, embeds, places, plan):
-    """The tokens [L, C] of one sequence with its videos merged, and which of them they are."""
+    """The tokens [L, C] of one sequence with its videos merged; which of them they are, and what
+    they are the means of.
+    """
     steps, tokens, frames = VIDEOS[name]
     per_clip = plan.per_frames // frames
     at = places.nonzero()[:, 0].tolist()
-    length = len(at) if name.startswith("internvl") else tiny.MODELS[name].tokens
-    rows = dict(enumerate(embeds))
+    length = tiny.MODELS[name].tokens if tiny.MODELS[name].runs == 1 else len(at)
+    rows, members = dict(enumerate(embeds)), {i: [i] for i in range(len(embeds))}
     for video in range(0, len(at), length):
         for start in range(0, steps, per_clip):
             end = min(start + per_clip, steps)
@@ -46,9 +49,10 @@ def by_hand(name, embeds, places, plan):
                 for slot in clip:
                     del rows[slot]
                 for j, token in enumerate(merged[0]):
-                    rows[clip[into[0].tolist().index(j)]] = token
+                    group = [slot for slot, k in zip(clip, into[0], strict=True) if k == j]
+                    rows[group[0]], members[group[0]] = token, group
     kept = sorted(rows)
-    return torch.stack([rows[i] for i in kept]), kept
+    return torch.stack([rows[i] for i in kept]), kept, [members[i] for i in kept]
 
 
 def stock(model, inputs):
@@ -69,7 +73,7 @@ def expected(model, name, inputs, plan, row, new=()):
     seen = stock(model, inputs)
     real = inputs["attention_mask"][row].bool()
     places = (inputs["input_ids"][row] == tiny.MODELS[name].token)[real]
-    short, kept = by_hand(name, seen["inputs_embeds"][row][real], places, plan)
+    short, kept, members = by_hand(name, seen["inputs_embeds"][row][real], places, plan)
     more = model.get_input_embeddings()(torch.tensor(new, dtype=torch.long))
     if name in MULTI_AXIS:
         own = seen["position_ids"][-3:, row][:, real]
@@ -77,7 +81,17 @@ def expected(model, name, inputs, plan, row, new=()):
         positions = torch.cat([own[:, kept], behind.expand(3, -1)], 1)[:, None]
     else:
         positions = torch.arange(len(short) + len(new))[None]
-    out = tiny.decoder(model)(inputs_embeds=torch.cat([short, more])[None], position_ids=positions)
+    given = {"inputs_embeds": torch.cat([short, more])[None], "position_ids": positions}
+    if seen.get("deepstack_visual_embeds"):
+        visual = torch.cat([places[kept], torch.zeros(len(new), dtype=torch.bool)])[None]
+        given |= {"visual_pos_masks": visual, "deepstack_visual_embeds": []}
+        for each in seen["deepstack_visual_embeds"]:
+            spread = each.new_zeros(*seen["visual_pos_masks"].shape, each.shape[1])
+            spread[seen["visual_pos_masks"]] = each
+            own = spread[row][real]
+            means = torch.stack([own[group].mean(0) for group in members])
+            given["deepstack_visual_embeds"].append(means[places[kept]])
+    out = tiny.decoder(model)(**given)
     return model.lm_head(out.last_hidden_state)[0], real.nonzero()[:, 0][kept]
 
 
@@ -239,6 +253,38 @@ def test_images_stay_bit_for_bit():
     want = model(**picture).logits
     with hico_kernels.compress(model, PreLLM(3, 2)):
         assert torch.equal(model(**picture).logits, want)
+
+
+@pytest.mark.skipif(tiny.VERSION < (5, 3), reason="token types came with 5.3")
+@torch.no_grad()
+def test_embeddings_with_token_types_are_as_good_as_ids():
+    model, inputs = tiny.model("qwen2_vl"), tiny.prompt("qwen2_vl", (0, 3))
+    seen = stock(model, inputs)
+    embeds = {
+        "inputs_embeds": seen["inputs_embeds"],
+        "position_ids": seen["position_ids"],
+        "attention_mask": inputs["attention_mask"],
+        "mm_token_type_ids": inputs["mm_token_type_ids"],
+    }
+    with hico_kernels.compress(model, PreLLM(3, 2)):
+        want = model(**inputs).logits
+        assert torch.equal(model(**embeds).logits, want)
+        del embeds["mm_token_type_ids"]
+        with pytest.raises(ValueError, match="inputs_embeds: a patched model finds the visual"):
+            model(**embeds)
+
+
+def test_videos_one_behind_the_other_are_told_apart():
+    places = torch.zeros(60, dtype=torch.bool)
+    places[3 : 3 + 2 * 13] = True  # two of LLaVA-OneVision: 3 frames of 4 tokens and a newline each
+    places[40:53] = True
+    found = LAYOUTS["llava_onevision"].videos(places, None, 4)
+    assert [video[:, 0].tolist() for video in found] == [[3, 7, 11], [16, 20, 24], [40, 44, 48]]
+    places = torch.zeros(60, dtype=torch.bool)
+    for start, length in ((3, 6), (10, 6), (20, 4), (25, 4), (30, 6)):
+        places[start : start + length] = True
+    found = LAYOUTS["qwen3_vl"].videos(places, None, 0)
+    assert [video[:, 0].tolist() for video in found] == [[3, 10], [20, 25], [30]]
 
 
 def test_the_plan_can_change_and_is_in_the_config():

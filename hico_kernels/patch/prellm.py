@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -77,6 +78,12 @@ def _grids(places: Tensor, positions: Tensor | None, tokens: int) -> list[Tensor
     return videos
 
 
+def _apart(places: Tensor, positions: Tensor | None, tokens: int) -> list[Tensor]:
+    """Text between the time steps: neighbours of one size are one video."""
+    by_size = groupby(_runs(places), key=len)
+    return [torch.stack(list(steps)) for _, steps in by_size]
+
+
 def _with_newline(places: Tensor, positions: Tensor | None, tokens: int) -> list[Tensor]:
     """Videos of equal length, each with one more token behind its frames, which stays."""
     videos = []
@@ -91,7 +98,7 @@ def _one_after_another(places: Tensor, positions: Tensor | None, tokens: int) ->
     return [_frames(run, tokens) for run in _runs(places)]
 
 
-def _apart(places: Tensor, positions: Tensor | None, tokens: int) -> list[Tensor]:
+def _all(places: Tensor, positions: Tensor | None, tokens: int) -> list[Tensor]:
     """Text between the frames: all of them are one video."""
     return [_frames(places.nonzero()[:, 0], tokens)]
 
@@ -122,6 +129,7 @@ def _temporal_patch(config: Any) -> int:
 LAYOUTS = {
     "qwen2_vl": Layout(_grids, "video_token_id", frames=_temporal_patch),
     "qwen2_5_vl": Layout(_grids, "video_token_id", frames=_temporal_patch),
+    "qwen3_vl": Layout(_apart, "video_token_id", frames=_temporal_patch),
     "llava_onevision": Layout(
         _with_newline, "video_token_id", lambda config: math.ceil(_side(config) / 2) ** 2
     ),
@@ -130,7 +138,7 @@ LAYOUTS = {
         "video_token_id",
         lambda config: (_side(config) // config.spatial_pool_stride) ** 2,
     ),
-    "internvl": Layout(_apart, "image_token_id", _internvl_tokens),
+    "internvl": Layout(_all, "image_token_id", _internvl_tokens),
 }
 
 

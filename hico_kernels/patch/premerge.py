@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hico_kernels.merge import merge_tokens
+from hico_kernels.merge import Matching, merge_tokens
 from hico_kernels.patch.families import Parts, why_not_renumber
 from hico_kernels.patch.handle import Handle, _named
 from hico_kernels.patch.plan import DropPlan, Uniform
@@ -72,19 +72,28 @@ class PreHandle(Handle):
         )
         if not found:
             return None
-        embeds, stay = merged(given["inputs_embeds"], call.prompt.visual, found)
         left = [n - less for n, less in zip(call.prompt.num_visual, fewer, strict=True)]
-        call.counts = [{0: number} for number in left]
+        visual = call.prompt.visual
+        more = given.get("deepstack_visual_embeds") or []
+        embeds, stay, more = merged(given["inputs_embeds"], more, visual, found)
         rows = torch.nonzero_static(stay.flatten(), size=sum(left))[:, 0]
+        call.counts = [{0: number} for number in left]
         call.pick = lambda slots, counts, keep: rows
-        return (), {**given, "inputs_embeds": embeds}
+        new = {**given, "inputs_embeds": embeds}
+        return (), {**new, "deepstack_visual_embeds": more} if more else new
 
 
-def merged(embeds: Tensor, visual: Tensor, found: list[Clips]) -> tuple[Tensor, Tensor]:
-    """Put merged tokens at the places of their first members: embeds [B, L, C], and which of the
-    `visual` places [B, L] stay.
+def merged(
+    embeds: Tensor, more: list[Tensor], visual: Tensor, found: list[Clips]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Put merged tokens at the places of their first members.
+
+    embeds [B, L, C], more: features [V, C] of the V `visual` places [B, L], which merge alike ->
+    embeds, the places that stay, and more.
     """
     flat, stay = embeds.flatten(0, 1), visual.flatten().clone()
+    rows = torch.nonzero_static(visual.flatten(), size=len(more[0]))[:, 0] if more else None
+    spread = [each.new_zeros(len(flat), each.shape[1]).index_copy(0, rows, each) for each in more]
     for own in found:
         places = own.places.to(embeds.device)  # [N, T]
         n, t = places.shape
@@ -92,13 +101,14 @@ def merged(embeds: Tensor, visual: Tensor, found: list[Clips]) -> tuple[Tensor, 
         members = torch.arange(t, device=embeds.device).expand(n, t)
         first = members.new_full((n, own.merge_to), t)
         first = first.scatter_reduce(1, assignment.long(), members, "amin")
-        first, order = first.sort(dim=1)
         kept = places.gather(1, first).flatten()
-        tokens = tokens.take_along_dim(order[..., None], dim=1)
         flat = flat.index_copy(0, kept, tokens.flatten(0, 1))
+        same = Matching(assignment, own.merge_to)
+        for i, each in enumerate(spread):
+            spread[i] = each.index_copy(0, kept, same.merge(each[places])[0].flatten(0, 1))
         stay[places.flatten()] = False
         stay[kept] = True
-    return flat.view_as(embeds), stay.view_as(visual)
+    return flat.view_as(embeds), stay.view_as(visual), [each[rows] for each in spread]
 
 
 def _on_the_host(
