@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -76,3 +78,14 @@ def test_a_base_that_is_no_commit_ends_in_a_line(base, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bench.compare", "--", base])
     assert compare.main() == 1
     assert "failed" in capsys.readouterr().err
+
+
+def test_a_benchmark_takes_its_turn():
+    (read, theirs), (ours, write) = os.pipe(), os.pipe()
+    os.write(theirs, b".")
+    command = [sys.executable, "-m", "pytest", "-q", "bench/test_select.py", "--benchmark-disable"]
+    command += ["-k", "uniform_indices and 256frames and hico", f"--turns={read},{write}"]
+    done = subprocess.run(command, cwd=compare.ROOT, pass_fds=(read, write), capture_output=True)
+    assert done.returncode == 0, done.stdout
+    os.close(write)
+    assert os.read(ours, 10) == b"."
