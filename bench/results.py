@@ -2,9 +2,9 @@
 
 python -m bench.results FILE.json [--to FOLDER]
 
-takes the file that ``pytest bench --benchmark-only --benchmark-json=FILE.json`` wrote: "ops.json"
-has the operations, "tables.json" what stands beside the papers' tables 1, 5 and 7, "history.json"
-the medians of our own operations for each commit that was measured.
+takes the file that ``pytest bench --benchmark-only --benchmark-json=FILE.json`` wrote, or the
+gpu.json of ``make gpu``. "ops.json" has the operations, "tables.json" what stands beside tables 1,
+5 and 7 of the papers, "history.json" the medians of our own operations for each commit measured.
 """
 
 import argparse
@@ -135,9 +135,21 @@ def _add_ratios(lines: list[dict[str, Any]]) -> None:
         }
 
 
+def of_gpu(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """As `compact` of what `make gpu` wrote, whose benchmarks are in several runs. A run outside of
+    git, as on a machine that got the files alone, is taken for one of the commit here."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for part in run["bench"]:
+        for kind, content in part.items():
+            kept = kinds.setdefault(kind, {**content, "results": []})
+            kept["results"] += content["results"]
+            kept["commit"] = kept["commit"] or commit()
+    return kinds
+
+
 def write(run: dict[str, Any], to: Path = FOLDER) -> list[Path]:
-    """Keep a run of pytest-benchmark; the files that were written."""
-    kinds = compact(run)
+    """Keep a run of pytest-benchmark or of `make gpu`; the files that were written."""
+    kinds = compact(run) if "benchmarks" in run else of_gpu(run)
     written = []
     for kind, content in kinds.items():
         folder = to / folder_of(content["device"])
@@ -185,7 +197,7 @@ def _digits(seconds: float) -> float:
 def main(arguments: Iterable[str] | None = None) -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(prog="bench.results", description=__doc__.split("\n")[0])
-    parser.add_argument("file", type=Path, help="JSON of pytest-benchmark")
+    parser.add_argument("file", type=Path, help="of pytest-benchmark, or gpu.json")
     parser.add_argument("--to", type=Path, default=FOLDER, help="default: bench/results")
     args = parser.parse_args(arguments)
     for file in write(json.loads(args.file.read_text()), args.to):

@@ -76,6 +76,23 @@ def test_the_history_has_a_run_for_each_commit(tmp_path, monkeypatch):
     assert json.loads(history.with_name("ops.json").read_text())["commit"] == "bbb"
 
 
+def test_the_benchmarks_of_make_gpu_become_one_file_of_each_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "commit", lambda: "")
+    one = line("merge-clip-f32-hico", 0.1), line("merge-clip-f32-eager", 0.3)
+    table = line("first_token-64frames-bf16-longva", 1.0)
+    table["extra_info"] = {"observed": {"frames": 64}}
+    runs = [run(*one), run(line("score-clip-f32-hico", 0.2)), run(table)]
+    report = {"device": "Some GPU", "bench": [results.compact(x) for x in runs]}
+    monkeypatch.setattr(results, "commit", lambda: "abc")
+    results.write(report, tmp_path)
+    (ops,), (tables,) = (results.load(kind, tmp_path) for kind in ("ops", "tables"))
+    names = [x["name"] for x in ops["results"]]
+    assert names == ["merge-clip-f32-hico", "merge-clip-f32-eager", "score-clip-f32-hico"]
+    assert ops["results"][0]["times_as_fast"] == {"eager": 3.0}
+    assert tables["results"] == [{"name": "first_token-64frames-bf16-longva", "frames": 64}]
+    assert ops["commit"] == tables["commit"] == "abc"
+
+
 def test_results_of_gpus_are_loaded_first(tmp_path):
     results.write(OPS, tmp_path)
     gpu = run(line("merge-clip-f32-hico", 0.1), device="Some GPU")
