@@ -31,6 +31,7 @@ format: $(READY)  ## rewrite to that style
 
 bench: $(READY)  ## timings against floors and alternatives; results go to bench/results
 	@mkdir -p build
+	@git status --porcelain -- csrc hico_kernels model 'bench/*.py' 2>/dev/null | sed 's/^/not committed, results will not count: /'
 	@$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-json=build/bench.json
 	@$(BIN)/python -m bench.results build/bench.json
 
@@ -40,10 +41,7 @@ report: $(READY)  ## write what was measured into README and docs
 instructions: $(READY)  ## count the instructions of every CPU kernel and keep the figures
 	@$(BIN)/python -m bench.instructions --write
 
-check-report: $(READY)  ## write what was measured into README and docs
-	@$(BIN)/python -m bench.report
-
-instructions: $(READY)  ## fail when a CPU kernel executes more instructions than kept
+check-instructions: $(READY)  ## fail when a CPU kernel executes more instructions than kept
 	@$(BIN)/python -m bench.instructions
 
 gpu:  ## checks and measurements on a CUDA device, without network; results go to OUT

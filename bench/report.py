@@ -65,6 +65,21 @@ def device_line(kept: dict[str, Any]) -> str:
     )
 
 
+def limits_line(kept: dict[str, Any]) -> str:
+    """What the floors are from."""
+    names = {
+        "copy_gb_per_s": "copy {} GB/s",
+        "float32_gflop_per_s": "float32 {} GFLOP/s",
+        "bfloat16_gflop_per_s": "bfloat16 {} GFLOP/s",
+    }
+    found = [
+        text.format(" / ".join(map(str, dict.fromkeys(kept["limits"][name]))))
+        for name, text in names.items()
+        if name in kept["limits"]
+    ]
+    return f"measured limits: {', '.join(found)}" if found else "no limits measured"
+
+
 def verdict(found: list[Problem]) -> str:
     """In how many comparisons we win, and every one that we lose."""
     runs = [run for problem in found for run in problem.runs if run.ratio is not None]
@@ -188,7 +203,7 @@ def readme_part(folder: Path = results.FOLDER) -> str:
         found = problems(kept)
         parts += [
             picture(ops_picture(kept), "Percent of the floor and speed beside alternatives"),
-            f"{device_line(kept)}; medians. {verdict(found)}",
+            f"{device_line(kept)}; {limits_line(kept)}; medians. {verdict(found)}",
             *folded("All rows", table(found)),
         ]
         if len(results.history(kept, folder)) > 1:

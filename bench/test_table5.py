@@ -39,10 +39,10 @@ def test_encoder(observe, benchmark, timed, impl):
     model = model.eval().to(DEVICE, dtype)
     x = torch.randn(shape, device=DEVICE, dtype=dtype)
     benchmark.group = f"encoder-{FRAMES}frames-{measured.dtype_name(DEVICE)}"
-    rounds = 20 if DEVICE == "cuda" else 3
+    rounds = 20 if timed and DEVICE == "cuda" else 1
 
     def run():
-        times = sorted(device_seconds(lambda: model(x)) for _ in range(rounds if timed else 1))
+        times = sorted(device_seconds(lambda: model(x)) for _ in range(rounds))
         latency = times[len(times) // 2]
         return {
             "seconds": latency,

@@ -3,6 +3,8 @@
 """
 
 import json
+import shutil
+import subprocess
 
 import pytest
 
@@ -103,6 +105,20 @@ def test_without_valgrind_it_says_so_and_passes(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bench.instructions"])
     assert instructions.main() == 0
     assert capsys.readouterr().out == "instructions: skipped: there is no valgrind here\n"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_ci_compares_and_make_instructions_writes():
+    root = instructions.ROOT
+    assert "make check-instructions" in (root / ".ci" / "run").read_text()
+    for target, last in (
+        ("instructions", "bench.instructions --write"),
+        ("check-instructions", "bench.instructions"),
+    ):
+        command = ["make", "--dry-run", "--no-print-directory", target]
+        said = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        assert said.stdout.splitlines()[-1].endswith(f"python -m {last}")
+        assert said.stderr == ""
 
 
 @pytest.mark.skipif("_C_cpu" not in native.loaded, reason="no CPU kernels here")

@@ -24,7 +24,8 @@ LINES = [
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """A folder of results, twice measured."""
-    machine = {"device": "A CPU, 2 CPUs", "type": "cpu", "torch": "2.13.0", "limits": {}}
+    machine = {"device": "A CPU, 2 CPUs", "type": "cpu", "torch": "2.13.0"}
+    machine["limits"] = {"copy_gb_per_s": [12.5, 25.0], "float32_gflop_per_s": [100, 100]}
     for commit, faster in (("aaa", 1), ("bbb", 2)):
         lines = [
             {
@@ -91,6 +92,7 @@ def test_the_way_to_the_first_token_is_shown_by_stage():
 def test_readmes_part_names_device_commit_and_every_picture(kept):
     part = report.readme_part(kept)
     assert "A CPU, 2 CPUs, torch 2.13.0, commit bbb" in part
+    assert "measured limits: copy 12.5 / 25.0 GB/s, float32 100 GFLOP/s; medians." in part
     assert "not measured so far" in part
     for name in ("cost", "ops-a-cpu-2-cpus", "progress-a-cpu-2-cpus"):
         assert f'srcset="docs/{name}-dark.svg"' in part
