@@ -162,3 +162,36 @@ def test_a_benchmark_that_was_interrupted_is_not_in_the_report(tmp_path):
     _, _, page = work(tmp_path, bench_x=python("", seconds=5))
     assert "| gather-b-f32-hico | 2.0 | 50.0 |" in page
     assert "gather-c" not in page
+
+
+def test_benchmarks_are_timed_where_pytest_benchmark_is_missing(tmp_path):
+    (tmp_path / "conftest.py").write_text(
+        "import itertools, pytest\n"
+        "clock = itertools.accumulate(itertools.count()).__next__  # 0 1 3 6 10 15: rounds grow\n"
+        "def pytest_collection_modifyitems(items):\n"
+        "    for item in items: item.add_marker(pytest.mark.benchmark(timer=clock))\n"
+        "def pytest_benchmark_update_machine_info(config, machine_info):\n"
+        "    machine_info['device'] = 'a device'\n"
+    )
+    (tmp_path / "test_one.py").write_text(
+        "def test_one(benchmark):\n"
+        "    calls = []\n"
+        "    benchmark.name = 'gather-a-f32-hico'\n"
+        "    benchmark.pedantic(lambda: calls.append(1), rounds=3, warmup_rounds=2)\n"
+        "    assert len(calls) == 5 and not benchmark.disabled\n"
+        "    benchmark.extra_info['median'] = benchmark.stats.stats.median\n"
+        "def test_that_times_nothing(benchmark):\n"
+        "    pass\n"
+    )
+    plugin = ("-p", "no:benchmark", "-p", "hico_kernels.testing.plain_benchmark")
+    command = (sys.executable, "-m", "pytest", "-q", *plugin, str(tmp_path), "--benchmark-only")
+    command += (f"--rootdir={tmp_path}", f"--benchmark-json={tmp_path / 'found.json'}")
+    _, parts, _ = work(tmp_path, tests=gpu.Part(60, (command,)))
+    assert parts["tests"]["commands"][0].get("counts") == {"passed": 2}, (
+        tmp_path / "gpu.log"
+    ).read_text()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["machine_info"] == {"device": "a device"}
+    (line,) = found["benchmarks"]
+    assert line["stats"] == {"min": 1, "median": 3}
+    assert line["extra_info"] == {"median": 3}

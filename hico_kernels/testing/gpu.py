@@ -50,6 +50,7 @@ def parts(out: Path) -> dict[str, Part]:
     drawn = ("test_triton.py", "test_triton_merge.py", "test_triton_select.py")
     others = (*drawn, "test_triton_attention.py")
     others = tuple(f"tests/{file}" for file in others if (ROOT / "tests" / file).exists())
+    plain = () if _here("pytest_benchmark") else ("-p", "hico_kernels.testing.plain_benchmark")
     bench = {"merge": 90, "select": 35, "attention": 40, "table": 60}  # files' names begin so
     return {
         "build": Part(
@@ -75,12 +76,13 @@ def parts(out: Path) -> dict[str, Part]:
                 (
                     (
                         *pytest,
+                        *plain,
                         *map(str, sorted((ROOT / "bench").glob(f"test_{name}*.py"))),
                         "--benchmark-only",
                         f"--benchmark-json={out / f'bench_{name}.json'}",
                     ),
                 ),
-                ("pytest", "pytest_benchmark"),
+                ("pytest",),
             )
             for name, seconds in bench.items()
         },
@@ -89,7 +91,11 @@ def parts(out: Path) -> dict[str, Part]:
 
 def missing(part: Part) -> list[str]:
     """Modules that a part needs and that are not here."""
-    return [name for name in part.needs if importlib.util.find_spec(name) is None]
+    return [name for name in part.needs if not _here(name)]
+
+
+def _here(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def run(part: Part, log: Path) -> dict:
