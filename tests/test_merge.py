@@ -95,6 +95,27 @@ def test_every_implementation_takes_the_tokens_of_the_literal_algorithm(impl):
     assert torch.equal(sizes, literal_sizes)
 
 
+@pytest.mark.parametrize("impl", implementations("merge_tokens"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_metric_that_is_given_is_compared_instead_of_the_head_mean(impl, dtype):
+    x = normal(2, 61, 24, dtype=torch.float32)
+    metric = x.unflatten(-1, (3, 8)).mean(dim=2)
+    scaled = (64 * metric).to(dtype)
+    rounded = scaled.float().repeat(1, 1, 3)  # its own head mean
+    expected = merge_tokens(rounded, 17, num_heads=3, impl=impl)
+    given = merge_tokens(x, 17, metric=scaled, impl=impl)
+    assert torch.equal(given.assignment, expected.assignment)
+    means = torch.stack([x[0, given.assignment[0] == k].mean(dim=0) for k in range(17)])
+    torch.testing.assert_close(given.tokens[0], means, rtol=1e-6, atol=1e-6)
+
+
+def test_a_metric_gets_no_gradient():
+    x, metric = normal(1, 9, 4).requires_grad_(), normal(1, 9, 3, seed=1).requires_grad_()
+    merge_tokens(x, 4, metric=metric, impl="reference").tokens.sum().backward()
+    assert x.grad is not None
+    assert metric.grad is None
+
+
 # --- one step against loops over pairs ------------------------------------------------------------
 
 

@@ -46,6 +46,15 @@ def merging_calls(gradient):
         yield clips(n, t, gradient=gradient), k
 
 
+def merging_calls_with_metric(gradient):
+    for (x, k), d in zip(merging_calls(gradient), (5, 6, 8), strict=True):
+        yield x, k, normal(*x.shape[:2], d)
+
+
+def merge_by_metric(x, k, metric):
+    return hk.merge_tokens(x, k, metric=metric)
+
+
 def matching_calls(gradient):
     for n, t, r in ((2, 12, 5), (3, 19, 6), (5, 40, 9)):
         yield normal(n, t, 8), clips(n, t, gradient=gradient), 1 + normal(n, t).abs(), r
@@ -98,6 +107,7 @@ def decode_calls(_):
 
 FUNCTIONS = {
     "merge_tokens": (hk.merge_tokens, merging_calls),
+    "merge_by_metric": (merge_by_metric, merging_calls_with_metric),
     "match_merge_unmerge": (match_merge_unmerge, matching_calls),
     "gather_tokens": (hk.gather_tokens, gather_calls),
     "self_attention": (self_attention, self_calls),
@@ -108,7 +118,7 @@ FUNCTIONS = {
     "uniform_indices": (hk.uniform_indices, lambda _: ((10, 5), (20, 7), (30, 9))),
     "ragged_decode_attention": (hk.ragged_decode_attention, decode_calls),
 }
-DIFFERENTIABLE = tuple(FUNCTIONS)[:6]
+DIFFERENTIABLE = tuple(FUNCTIONS)[:7]
 
 
 def compiled(function):
