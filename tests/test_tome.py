@@ -192,7 +192,7 @@ def two_colours():
     with torch.no_grad():
         embeddings.position_embedding.weight.zero_()
     colours = torch.randn(2, 3, 1, 1, dtype=torch.float64)
-    return tower, torch.where(torch.arange(24)[:, None] < 16, *colours).expand(1, 3, 24, 24)
+    return tower, torch.where(torch.arange(24)[:, None] < 20, *colours).expand(1, 3, 24, 24)
 
 
 def test_equal_patches_merge_without_a_trace():

@@ -124,14 +124,19 @@ def test_r_0_and_remove_leave_every_bit_as_it_was(name):
     assert state == ({**tower.__dict__}, [{**m.__dict__} for m in tower.modules()])
 
 
-@pytest.mark.parametrize(("name", "pool"), [("siglip", "map"), ("mean", "avg"), ("mean", "avgmax")])
-def test_equal_patches_merge_without_a_trace(name, pool):
-    tower = towers.tower(TIMM[name])
-    tower.global_pool = pool
-    with torch.no_grad():
-        tower.pos_embed.zero_()
+@pytest.mark.parametrize(
+    "tokens",
+    [{"class_token": False}, {"reg_tokens": 3}, {"reg_tokens": 3, "pool_include_prefix": True}],
+    ids=["no-class", "registers", "registers-pooled"],
+)
+@pytest.mark.parametrize("pool", ["map", "avg", "avgmax"])
+@torch.no_grad()
+def test_equal_patches_merge_without_a_trace(tokens, pool):
+    kind = tower_of(of(VisionTransformer, global_pool=pool, no_embed_class=True, **tokens), 0)
+    tower = towers.tower(kind)
+    tower.pos_embed.zero_()
     colours = torch.randn(2, 3, 1, 1, dtype=torch.float64)
-    picture = torch.where(torch.arange(24)[:, None] < 16, *colours).expand(1, 3, 24, 24)
+    picture = torch.where(torch.arange(24)[:, None] < 20, *colours).expand(1, 3, 24, 24)
     dense = tower(picture)
     handle = tome.patch(tower, r=5)
     torch.testing.assert_close(tower(picture), dense)
