@@ -105,7 +105,7 @@ def table(found: list[Problem]) -> list[str]:
     ]
     for problem in found:
         cells = [problem.op, problem.shape, problem.dtype]
-        cells += [" / ".join(map(duration, (run.seconds for run in problem.runs)))]
+        cells += [durations([run.seconds for run in problem.runs])]
         percents = [run.percent for run in problem.runs]
         cells += [" / ".join(f"{x:.0f}" for x in percents if x is not None)]
         cells += [" / ".join(map(beside, problem.runs))]
@@ -127,12 +127,11 @@ def times(ratio: float) -> str:
     return f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}"
 
 
-def duration(seconds: float) -> str:
-    """Three digits and a unit."""
-    for unit, scale in (("s", 1.0), ("ms", 1e3)):
-        if seconds * scale >= 1:
-            return f"{seconds * scale:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
+def durations(seconds: list[float]) -> str:
+    """Three digits of each, in the unit of the longest."""
+    units = (("s", 1.0), ("ms", 1e3), ("us", 1e6))
+    unit, scale = next((x for x in units if max(seconds) * x[1] >= 1), units[-1])
+    return f"{' / '.join(f'{x * scale:.3g}' for x in seconds)} {unit}"
 
 
 def _threads(run: Run) -> str:
@@ -155,13 +154,15 @@ def stages(tables: dict[str, Any]) -> list[str]:
         "decode_tokens_per_s": "new tokens/s",
         "peak_gb": "peak GB",
     }
-    lines = [f"| model, drops | frames | {' | '.join(columns.values())} |"]
+    found = [line for line in tables["results"] if "frames" in line]
+    columns = {k: v for k, v in columns.items() if any(line.get(k) for line in found)}
+    lines = [f"| model, or plan of table 7 | frames | {' | '.join(columns.values())} |"]
     lines.append("|---|" + "---|" * (len(columns) + 1))
-    for line in tables["results"]:
-        if "frames" not in line:
-            continue
+    for line in found:
         what = "oom" if "oom_at_gb" in line else ""
-        cells = [Name.parse(line["name"]).impl, str(line["frames"])]
+        name = Name.parse(line["name"])
+        label = f"table 7: {name.impl}" if name.op == "dropping" else name.impl
+        cells = [label, str(line["frames"])]
         cells += [f"{x:.3g}" if (x := line.get(column)) else what for column in columns]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -46,17 +46,17 @@ def test_readme_shows_the_results_of_the_repository():
 
 
 def test_readmes_pictures_are_of_the_results_of_the_repository():
-    devices = {
-        report.device_line(kept) for kind in ("ops", "tables") for kept in results.load(kind)
-    }
-    devices.add("no measurements")
-    named = re.findall(r"docs/[\w.-]+\.svg", report.readme_part())
+    tables = results.load("tables")
+    drawn = {"cost": report.device_line(tables[0]) if tables else "no measurements"}
+    for kept in results.load("ops"):
+        drawn[report.ops_picture(kept)] = report.device_line(kept)
+        drawn[report.ops_picture(kept).replace("ops", "progress", 1)] = report.device_line(kept)
+    named = re.findall(r"docs/([\w-]+)-(light|dark)\.svg", report.readme_part())
     assert len(named) >= 2
-    for name in named:
-        about = [
-            e.text for e in ElementTree.parse(ROOT / name).iter() if e.tag.endswith("description")
-        ]
-        assert about[0] in devices
+    for name, theme in named:
+        elements = ElementTree.parse(ROOT / "docs" / f"{name}-{theme}.svg").iter()
+        about = next(e.text for e in elements if e.tag.endswith("description"))
+        assert about == drawn[name], "make report"
 
 
 def test_where_an_alternative_wins_the_table_says_so(kept):
@@ -64,8 +64,7 @@ def test_where_an_alternative_wins_the_table_says_so(kept):
     found = report.problems(ops)
     _, _, merge, score = report.table(found)
     assert merge == (
-        "| merge | clip | f32 | 1 ms / 500 us | 40 / 35 "
-        "| **compiled wins: 2.00 x** / 2 x compiled |"
+        "| merge | clip | f32 | 1 / 0.5 ms | 40 / 35 | **compiled wins: 2.00 x** / 2 x compiled |"
     )
     assert score == "| score | long_video | bf16 | 12.5 us |  | 300 x torch |"
     assert report.verdict(found) == (
@@ -80,12 +79,14 @@ def test_the_way_to_the_first_token_is_shown_by_stage():
         {"name": "first_token-64frames-bf16-longva", "frames": 64, "encode_s": 0.0,
          "prefill_s": 0.61234, "first_token_s": 0.7, "decode_tokens_per_s": 41.23},
         {"name": "first_token-10000frames-bf16-longva", "frames": 10000, "oom_at_gb": 80.0},
+        {"name": "dropping-1000frames-bf16-text4x0.5", "frames": 1000, "first_token_s": 1.234e-5},
         {"name": "encoder-8frames-bf16-umt_l", "latency_s": 0.01},
     ]  # fmt: skip
     _, _, *rows = report.stages({"results": entries})
     assert rows == [
-        "| longva | 64 |  |  |  |  | 0.612 |  | 0.7 |  | 41.2 |  |",
-        "| longva | 10000 |" + " oom |" * 10,
+        "| longva | 64 | 0.612 | 0.7 | 41.2 |",
+        "| longva | 10000 | oom | oom | oom |",
+        "| table 7: text4x0.5 | 1000 |  | 1.23e-05 |  |",
     ]
 
 
