@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -87,6 +88,8 @@ def folder_of(name: str) -> str:
 
 def commit() -> str:
     """The commit that is measured, "+" with changes to what is measured; "" outside of git."""
+    if shutil.which("git") is None:
+        return ""
 
     def git(*arguments: str) -> str:
         run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)

@@ -109,6 +109,14 @@ def test_kept_results_are_of_committed_code_and_have_names_that_are_read():
             assert str(Name.parse(entry["name"])) == entry["name"]
 
 
+def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert results.commit() == ""
+    monkeypatch.setattr(results.shutil, "which", lambda tool: None)
+    monkeypatch.setattr(results.subprocess, "run", None)
+    assert results.commit() == ""
+
+
 def test_the_device_is_named_without_its_host():
     import platform
 
