@@ -149,8 +149,8 @@ def observe(benchmark, request, timed):
             CLOCK.now += found.pop("seconds")
 
         _name(benchmark, request.node.callspec.params["impl"])
-        benchmark.extra_info["observed"] = found
         benchmark.pedantic(once, rounds=1)
+        benchmark.extra_info["observed"] = found
         return found
 
     yield run

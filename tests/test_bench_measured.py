@@ -30,7 +30,9 @@ def test_the_systems_have_the_papers_tokens_and_published_sizes():
 
 def test_a_gpu_measures_every_length_and_a_cpu_what_takes_minutes():
     every = {(name, n) for name in measured.systems("cuda") for n in (64, 256, 1000, 10_000)}
-    assert set(measured.cases("cuda", timed=True)) == every
+    on_gpu = measured.cases("cuda", timed=True)
+    assert set(on_gpu) == every
+    assert on_gpu.index(("longvila", 256)) < on_gpu.index(("videochat_flash", 10_000))
     there = measured.cases("cpu", timed=True)
     assert set(there) == every - {("longva", 10_000), ("longvila", 10_000)}
     assert {n for _, n in measured.cases("cpu", timed=False)} == {64}
