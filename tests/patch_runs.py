@@ -47,12 +47,12 @@ def second_turn(model, inputs, first, question):
     return grown(text, torch.cat([answer, question], 1))
 
 
-def two_videos(model, plan, padding):
+def two_videos(model, plan, padding, rows="padded"):
     """What a patched model says to a second video on the same cache; what it kept; all inputs."""
     one = tiny.prompt("llava_onevision", padding)
     two = tiny.prompt("llava_onevision", (0,) * len(padding), seed=5)
     length = one["input_ids"].shape[1]
-    with hico_kernels.compress(model, plan) as handle:
+    with hico_kernels.compress(model, plan, rows) as handle:
         first = tiny.generate(model, one, past_key_values=DynamicCache())
         before = handle.kept
         start = first.past_key_values.get_seq_length()

@@ -327,7 +327,7 @@ def test_the_module_is_a_package_and_can_be_called(model):
     from hico_kernels.patch import DropPlan as Imported
 
     assert Imported is DropPlan is plan_module.DropPlan is hico_kernels.patch.DropPlan
-    assert list(inspect.signature(hico_kernels.patch).parameters) == ["model", "plan"]
+    assert list(inspect.signature(hico_kernels.patch).parameters) == ["model", "plan", "rows"]
     hico_kernels.patch(model, PLAN).remove()
 
 

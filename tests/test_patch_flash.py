@@ -75,11 +75,12 @@ padded = pytest.mark.parametrize("padding", [(0,), (0, 3)], ids=["one", "padded"
 
 @each
 @padded
-def test_two_turns(flash, plan, padding):
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_two_turns(flash, plan, padding, rows):
     inputs = tiny.prompt("llava_onevision", padding)
     length = inputs["input_ids"].shape[1]
     question = torch.randint(3, 80, (len(padding), 5), generator=torch.Generator().manual_seed(9))
-    with hico_kernels.compress(flash, plan) as handle:
+    with hico_kernels.compress(flash, plan, rows) as handle:
         first = tiny.generate(flash, inputs, past_key_values=DynamicCache())
         more = second_turn(flash, inputs, first, question)
         second = tiny.generate(flash, more, past_key_values=first.past_key_values)

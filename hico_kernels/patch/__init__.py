@@ -36,11 +36,11 @@ __all__ = [
 
 
 @contextmanager
-def compress(model: nn.Module, plan: DropPlan | PreLLM) -> "Iterator[Handle]":
+def compress(model: nn.Module, plan: DropPlan | PreLLM, rows: str = "padded") -> "Iterator[Handle]":
     """`hico_kernels.patch` for the time of a with block."""
     from hico_kernels.patch import handle
 
-    with handle.compress(model, plan) as patched:
+    with handle.compress(model, plan, rows) as patched:
         yield patched
 
 
@@ -64,19 +64,24 @@ def supports(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def selfcheck(model: nn.Module, plan: DropPlan | None = None) -> dict[str, float]:
+def selfcheck(
+    model: nn.Module, plan: DropPlan | None = None, rows: str = "padded"
+) -> dict[str, float]:
     """Check on your own stack that dropping is exact: see `hico_kernels.patch.check.selfcheck`."""
     from hico_kernels.patch import check
 
-    return check.selfcheck(model, plan)
+    return check.selfcheck(model, plan, rows)
 
 
 class _Patch(ModuleType):
-    def __call__(self, model: nn.Module, plan: DropPlan | PreLLM) -> "Handle":
-        """Let `model` drop or merge visual tokens by `plan` until `remove()` on the result."""
+    def __call__(self, model: nn.Module, plan: DropPlan | PreLLM, rows: str = "padded") -> "Handle":
+        """Let `model` drop or merge visual tokens by `plan` until `remove()` on the result.
+
+        rows: "padded" or "packed", see `hico_kernels.patch.handle.patch`.
+        """
         from hico_kernels.patch.handle import patch
 
-        return patch(model, plan)
+        return patch(model, plan, rows)
 
 
 sys.modules[__name__].__class__ = _Patch

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hico_kernels.patch.clock import Clock
 from hico_kernels.patch.columns import Columns, layer_of
 from hico_kernels.patch.masks import layer_mask, real_tokens
+from hico_kernels.patch.packed import PackedRows, has_packed, many_each, one_each, packed_layer
 from hico_kernels.patch.plan import DropPlan, Rule, Uniform
 from hico_kernels.patch.rows import Prompt, Rows, best, evenly
 from hico_kernels.patch.scores import text_scores
@@ -28,15 +29,18 @@ class Call:
     prompt: Prompt | None  # None: nothing to drop in this call
     clock: Clock
     probe: Any  # the config of attention that only looks, `scores.probe_config`
+    real: Tensor | None = None  # [B, q] bool, False is padding; None: no padding, or not asked
     frames: list[int] | None = None  # of each sequence, for plans that count by them
     pick: Callable[[Tensor, list[int], list[int]], Tensor] = evenly  # how `Uniform` chooses
-    rows: Rows | None = None  # None until the first drop
+    packing: list[int] | None = None  # tokens of each sequence, padding left out; None: padded rows
+    rows: Rows | PackedRows | None = None  # None until the first drop
     counts: list[dict[int, int]] = field(default_factory=list)  # per row: layer -> visual kept
-    kept: dict[int, Rows] = field(default_factory=dict)  # what each drop left
+    kept: dict[int, Rows | PackedRows] = field(default_factory=dict)  # what each drop left
     widths: list[int] = field(default_factory=list)  # rows that each layer was given
+    held: list[int] = field(default_factory=list)  # the same of all sequences, padding included
     over: bool = False  # the decoder has returned
     _rules: dict[int, Rule] = field(init=False)
-    _steps: dict[int, tuple[Rows | None, Tensor | None]] = field(default_factory=dict)
+    _steps: dict[int, tuple[Rows | PackedRows | None, Tensor | None]] = field(default_factory=dict)
     _placed: tuple[Tensor, Tensor] | None = None  # renumbered tables of the layer before
     _once: dict[str, list[tuple[tuple, Any]]] = field(default_factory=dict)
 
@@ -68,8 +72,11 @@ class Call:
         hidden = args[0] if args else kwargs["hidden_states"]
         new = dict(kwargs)
         name = rotary_name(layer, kwargs)
-        hidden = self._left(index, layer, hidden, kwargs[name])
         cache = None if is_checkpointed(layer) else kwargs.get("past_key_values")
+        packed = has_packed(cache, index)
+        hidden = self._left(index, layer, hidden, kwargs[name], packed)
+        if packed or isinstance(self.rows, PackedRows):
+            return self._packed(index, cache, hidden, name, args, new)
         store = layer_of(cache, index, self.rows is not None)
         if self.rows is None and store is None:
             return None
@@ -83,23 +90,64 @@ class Call:
         # Flash attention takes gaps in the positions for packed sequences. Not needed any more: the
         # rotary tables are gathered, the mask is made.
         new["position_ids"] = None
-        if args:
-            return (hidden, *args[1:]), new
-        return args, {**new, "hidden_states": hidden}
+        return _with(hidden, args, new)
+
+    def _packed(
+        self, index: int, cache: Any, hidden: Tensor, name: str, args: tuple, new: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """New arguments for a layer without padding."""
+        store = packed_layer(cache, index, self.mask, self.length, self.batch, hidden.device)
+        past = 0 if store is None else store.get_seq_length()
+        new["attention_mask"] = new["position_ids"] = None
+        if self.rows is None:  # a new token for each sequence
+            store.announce(1, past + 1)
+            places = store.lengths[:, None]
+            new.update(one_each(store, self.decoder.config._attn_implementation))
+        else:
+            held = [0] * self.batch if store is None else store.host_counts()
+            if store is not None:
+                store.announce(self.rows, past + self.length)
+                places = (self.rows.places + store.lengths[self.rows.sequence])[None]
+            else:
+                places = self.rows.places[None]
+            new.update(
+                self._remember(
+                    "lengths",
+                    (self.rows, *held),
+                    lambda: many_each(self.rows, held, self.decoder.config._attn_implementation),
+                )
+            )
+        if self.plan.positions == "renumber":
+            new[name] = self._placed = self.decoder.rotary_emb(hidden, places)
+        elif self.rows is not None:
+            new[name] = self._taken(new[name])
+        return _with(hidden, args, new)
 
     def _left(
-        self, index: int, layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor]
+        self,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        embeddings: tuple[Tensor, Tensor],
+        packed: bool,
     ) -> Tensor:
         """The rows that the layer sees.
 
         Decided once: gradient checkpointing runs the layers again, the last one first.
         """
         if index not in self._steps:
-            source = None
-            if index in self._rules and self.prompt is not None:
-                source = self._drop(index, layer, hidden, embeddings)
+            source, drops = None, index in self._rules and self.prompt is not None
+            if self.packing is not None and self.rows is None and (drops or packed):
+                source = self._pack(hidden.device)
+            if drops:
+                given = hidden if source is None else hidden.flatten(0, 1)[source][None]
+                left = self._drop(index, layer, given, embeddings)
+                source = left if source is None or left is None else source[left]
             self._steps[index] = (self.rows, source)
-            self.widths.append(hidden.shape[1] if self.rows is None else len(self.rows))
+            left = self.rows
+            self.widths.append(hidden.shape[1] if left is None else len(left))
+            packed = isinstance(left, PackedRows)
+            self.held.append(sum(left.counts) if packed else self.batch * self.widths[-1])
         rows, source = self._steps[index]
         if rows is not self.rows:
             self.rows = rows
@@ -107,7 +155,21 @@ class Call:
         if source is None:
             return hidden
         with self.clock.time("compacting", hidden.device):
-            return gather_tokens(hidden.flatten(0, 1), source).unflatten(0, (self.batch, -1))
+            batch = 1 if isinstance(self.rows, PackedRows) else self.batch
+            return gather_tokens(hidden.flatten(0, 1), source).unflatten(0, (batch, -1))
+
+    def _pack(self, device: torch.device) -> Tensor:
+        """Leave the padding out; the flat rows of the tokens."""
+        if self.prompt is not None:
+            visual, real = self.prompt.num_visual, self.prompt.real
+            real = None if real is None else real | self.prompt.visual
+        else:
+            visual, real = [0] * self.batch, self.real
+        if real is None:
+            real = torch.ones(self.batch, self.length, dtype=torch.bool, device=device)
+        self.rows = PackedRows.whole(real, self.packing, visual)
+        self._once.clear()
+        return self.rows.slots
 
     def _drop(
         self, index: int, layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor]
@@ -139,8 +201,8 @@ class Call:
         keep: list[int],
     ) -> Tensor:
         if self.rows is not None:  # as in the layer before
-            renumbered = self.plan.positions == "renumber"
-            embeddings = self._placed if renumbered else self._taken(embeddings)
+            placed = self._placed if self.plan.positions == "renumber" else None
+            embeddings = self._taken(embeddings) if placed is None else placed
         heard, lengths, asking = rows.heard_slots(self.prompt)
         scores = text_scores(layer, hidden, embeddings, asking, heard, lengths, self.probe)
         return best(slots, scores[torch.searchsorted(heard, slots)], rows.visual, keep)
@@ -221,10 +283,8 @@ class Call:
         return self.decoder.rotary_emb(hidden, places[:, -hidden.shape[1] :])
 
     def _taken(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        index = self.rows.index
-        return self._remember(
-            "tables", (tables[0],), lambda: (_take(tables[0], index), _take(tables[1], index))
-        )
+        take = self.rows.table
+        return self._remember("tables", (tables[0],), lambda: (take(tables[0]), take(tables[1])))
 
     def _remember(self, name: str, given: tuple, make: Callable[[], Any]) -> Any:
         """`make()` once for the same ints and objects `given`, until the next drop.
@@ -259,8 +319,7 @@ def is_checkpointed(layer: nn.Module) -> bool:
     return layer.training and getattr(layer, "gradient_checkpointing", False)
 
 
-def _take(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of a rotary table, [B or 1, q, D] or [3, B or 1, q, D], for index [B, L]."""
-    table = table.expand(*table.shape[:-3], index.shape[0], -1, -1)
-    index = index.view(*[1] * (table.dim() - 3), *index.shape, 1)
-    return table.gather(-2, index.expand(*table.shape[:-2], -1, table.shape[-1]))
+def _with(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}

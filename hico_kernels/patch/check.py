@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from hico_kernels.patch.families import Parts, take_apart
-from hico_kernels.patch.handle import Handle, compress
+from hico_kernels.patch.handle import Handle, Layout, compress
 from hico_kernels.patch.masked import masked
 from hico_kernels.patch.plan import DropPlan, TextTopK, Uniform
 
@@ -14,11 +14,14 @@ LENGTH, STEPS = 48, 3
 _ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
-def selfcheck(model: nn.Module, plan: DropPlan | None = None) -> dict[str, float]:
+def selfcheck(
+    model: nn.Module, plan: DropPlan | None = None, rows: Layout = "padded"
+) -> dict[str, float]:
     """Run a tiny prompt and some decoding through `model`, dropping tokens, and through the same
     model with a mask in place of dropping, without a cache; raise `RuntimeError` when they differ.
 
-    model: not patched, any dtype and device; plan: by default a uniform drop and a text-guided one.
+    model: not patched, any dtype and device; plan: by default a uniform drop and a text-guided one;
+    rows: as in `patch`.
     The prompt is made of random text embeddings, so the vision tower does not run. Returns the
     largest relative difference of a last hidden state ("error"), what was allowed ("allowed"), and
     how far it is from not dropping at all ("effect"). In half precision "allowed" is a half of
@@ -32,12 +35,12 @@ def selfcheck(model: nn.Module, plan: DropPlan | None = None) -> dict[str, float
     model.eval()
     try:
         with torch.no_grad():
-            return _compare(model, parts, plan)
+            return _compare(model, parts, plan, rows)
     finally:
         model.train(was_training)
 
 
-def _compare(model: nn.Module, parts: Parts, plan: DropPlan) -> dict[str, float]:
+def _compare(model: nn.Module, parts: Parts, plan: DropPlan, rows: Layout) -> dict[str, float]:
     decoder = parts.decoder
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(decoder.config.vocab_size, (2, LENGTH + STEPS), generator=generator)
@@ -47,7 +50,7 @@ def _compare(model: nn.Module, parts: Parts, plan: DropPlan) -> dict[str, float]
     visual = torch.zeros(2, LENGTH, dtype=torch.bool, device=embeds.device)
     visual[:, VISUAL] = True
     extra = _deepstack(decoder, embeds, visual)
-    with compress(model, plan) as handle:
+    with compress(model, plan, rows) as handle:
         got = _decode(handle, embeds, mask, visual, extra)
         kept = handle.kept
     attention = decoder.config._attn_implementation

@@ -216,19 +216,23 @@ _DROPPED = {
 }
 
 
-def check_cache(cache: object) -> None:
-    """Raise for a cache whose layers cannot hold fewer tokens than the sequence has."""
+def check_cache(cache: object, packed: bool = False) -> None:
+    """Raise for a cache whose layers cannot hold fewer tokens than the sequence has; or, packed,
+    another number for every sequence.
+    """
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
     kinds = {type(layer) for layer in cache.layers}
     if cache.layer_class_to_replicate is not None:
         kinds.add(cache.layer_class_to_replicate)
-    fine = {*_DROPPED, *_DROPPED.values()}
-    wrong = sorted(kind.__name__ for kind in kinds - fine)
+    fine = {DynamicLayer: DroppedLayer} if packed else _DROPPED
+    ours = tuple(fine.values())
+    wrong = [kind.__name__ for kind in kinds if kind not in fine and not issubclass(kind, ours)]
     if wrong:
-        allowed = ", ".join(kind.__name__ for kind in _DROPPED)
+        allowed, how = ", ".join(kind.__name__ for kind in fine), "pack" if packed else "drop"
         raise TypeError(
-            f"past_key_values must be made of {allowed} to drop tokens, got {', '.join(wrong)} "
+            f"past_key_values must be made of {allowed} to {how} tokens, got "
+            f"{', '.join(sorted(wrong))} "
             "(quantized, static sliding-window and linear-attention caches are not supported)"
         )
 

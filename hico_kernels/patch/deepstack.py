@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hico_kernels.patch.call import Call
+from hico_kernels.patch.packed import PackedRows
 
 
 def with_deepstack(decoder: nn.Module, current: Callable[[], Call | None]) -> Callable[[], None]:
@@ -20,11 +21,14 @@ def with_deepstack(decoder: nn.Module, current: Callable[[], Call | None]) -> Ca
         call = current()
         if call is None or call.rows is None:
             return stock(hidden_states, visual_pos_masks, visual_embeds)
-        index, valid = call.rows.index, call.rows.valid
         visual = visual_pos_masks.to(hidden_states.device)
         number = visual.flatten().cumsum(0).view(visual.shape) - 1  # row of visual_embeds
-        here = visual.gather(1, index) & valid
-        added = visual_embeds.to(hidden_states)[number.gather(1, index).clamp(min=0)]
+        if isinstance(call.rows, PackedRows):
+            here, number = (x.flatten()[call.rows.slots][None] for x in (visual, number))
+        else:
+            here = visual.gather(1, call.rows.index) & call.rows.valid
+            number = number.gather(1, call.rows.index)
+        added = visual_embeds.to(hidden_states)[number.clamp(min=0)]
         return torch.where(here[..., None], hidden_states + added, hidden_states)
 
     decoder._deepstack_process = process  # on the instance: the class stays as it is

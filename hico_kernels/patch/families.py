@@ -25,6 +25,7 @@ class Family:
     decoder: str = "language_model"
     visual: Mapping[str, str] = field(default_factory=lambda: _PIXELS)  # input -> its placeholder
     multi_axis: bool = False  # rotary positions of time, height and width
+    images_see_ahead: bool = False  # attention within an image is not causal
 
 
 _LLAVA_TEXT = ("qwen2", "qwen3", "llama", "mistral")
@@ -43,13 +44,14 @@ FAMILIES = {
         visual={"pixel_values": "image_token_id", "pixel_values_videos": "image_token_id"},
         multi_axis=True,
     ),
-    "gemma3": Family("Gemma 3", ("gemma3_text",), visual=_IMAGES),
+    "gemma3": Family("Gemma 3", ("gemma3_text",), visual=_IMAGES, images_see_ahead=True),
 }
 _KNOWN_REASONS = {
     "gemma4": "its layers share keys and take per-layer embeddings, which dropping does not follow",
     "qwen3_5": "its linear-attention layers carry a state, which dropping does not follow",
 }
 _LAYER_KINDS = {"full_attention", "sliding_attention"}
+PACKED = "hico_packed"  # stands in for sdpa in models patched with rows="packed"
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
@@ -97,10 +99,22 @@ def _why_not(family: Family, decoder: nn.Module) -> str | None:
 def why_not_attention(decoder: nn.Module) -> str | None:
     """Why the attention implementation set now cannot be used; it may change after patching."""
     attention = decoder.config._attn_implementation
-    if attention not in _ATTENTION:
+    if attention not in (*_ATTENTION, PACKED):
         return f"attn_implementation must be one of {', '.join(_ATTENTION)}, got {attention!r}"
     if "flash" in attention and "sliding_attention" in layer_kinds(decoder):
         return f"{attention} counts sliding windows in stored tokens; use sdpa for this model"
+    return None
+
+
+def why_not_packed(parts: Parts) -> str | None:
+    """Why sequences cannot run one behind the other."""
+    attention = parts.decoder.config._attn_implementation
+    if attention != "sdpa" and "flash" not in attention and attention != PACKED:
+        return f"attn_implementation must be sdpa or flash attention, got {attention!r}"
+    if parts.family.images_see_ahead:
+        return f"tokens of an image see each other in {parts.family.name}, ahead and back"
+    if "sliding_attention" in layer_kinds(parts.decoder):
+        return "this model has sliding windows, which count original positions"
     return None
 
 

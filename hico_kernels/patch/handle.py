@@ -4,7 +4,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,18 @@ from hico_kernels.patch.clock import Clock
 from hico_kernels.patch.columns import check_cache
 from hico_kernels.patch.deepstack import with_deepstack
 from hico_kernels.patch.families import (
+    PACKED,
     Parts,
     UnsupportedModel,
     take_apart,
     why_not_attention,
+    why_not_packed,
     why_not_renumber,
 )
 from hico_kernels.patch.frames import frames
 from hico_kernels.patch.loss import why_not_labels, with_loss
 from hico_kernels.patch.masks import real_tokens
+from hico_kernels.patch.packed import PackedRows, has_packed
 from hico_kernels.patch.places import places
 from hico_kernels.patch.plan import DropPlan
 from hico_kernels.patch.prellm import PreLLM
@@ -30,25 +33,34 @@ from hico_kernels.patch.report import Report
 from hico_kernels.patch.rows import Prompt
 from hico_kernels.patch.scores import probe_config
 
+Layout = Literal["padded", "packed"]
 
-def patch(model: nn.Module, plan: DropPlan | PreLLM) -> "Handle":
+
+def patch(model: nn.Module, plan: DropPlan | PreLLM, rows: Layout = "padded") -> "Handle":
     """Let `model` drop or merge visual tokens by `plan` from now on, until `Handle.remove`.
 
-    model: a transformers video model (`supports` says which). Raises `UnsupportedModel` with the
-    reason for any other, and for one that is patched already; `ValueError` for a plan that does not
-    fit. Nothing but this instance is touched, no copy of its weights is made.
+    model: a transformers video model (`supports` says which). rows: how the sequences of a batch,
+    which a drop leaves with different lengths, go on: "padded" to the longest, or "packed" one
+    behind the other, with cache layers in which each has its own length (a `DynamicCache`; sdpa,
+    which `ragged_attention` then stands in for, or flash attention). Raises `UnsupportedModel` with
+    the reason for any other, and for one that is patched already; `ValueError` for a plan that does
+    not fit. Nothing but this instance is touched, no copy of its weights is made.
     """
     if isinstance(plan, PreLLM):
         from hico_kernels.patch.premerge import PreHandle  # a kind of `Handle`
 
+        if rows != "padded":
+            raise ValueError(f"rows must be 'padded' with PreLLM, got {rows!r}")
         return PreHandle(model, take_apart(model), plan)
-    return Handle(model, take_apart(model), plan)
+    return Handle(model, take_apart(model), plan, rows)
 
 
 @contextmanager
-def compress(model: nn.Module, plan: DropPlan | PreLLM) -> Iterator["Handle"]:
+def compress(
+    model: nn.Module, plan: DropPlan | PreLLM, rows: Layout = "padded"
+) -> Iterator["Handle"]:
     """`patch` for the time of a with block."""
-    handle = patch(model, plan)
+    handle = patch(model, plan, rows)
     try:
         yield handle
     finally:
@@ -58,17 +70,25 @@ def compress(model: nn.Module, plan: DropPlan | PreLLM) -> Iterator["Handle"]:
 class Handle:
     """A patched model. Made by `patch`."""
 
-    def __init__(self, model: nn.Module, parts: Parts, plan: DropPlan) -> None:
+    def __init__(
+        self, model: nn.Module, parts: Parts, plan: DropPlan, rows: Layout = "padded"
+    ) -> None:
         hooks = parts.decoder._forward_pre_hooks.values()
         if any(isinstance(getattr(hook, "__self__", None), Handle) for hook in hooks):
             raise UnsupportedModel(
                 f"model: this {type(model).__name__} is patched already; "
                 "remove() the other patch, or set_plan() on its handle"
             )
-        self.model, self.parts = model, parts
+        self.model, self.parts, self.rows = model, parts, rows
+        if rows not in get_args(Layout):
+            raise ValueError(f"rows must be 'padded' or 'packed', got {rows!r}")
         self._check(plan)
+        self._check_rows()
         self._local = threading.local()  # calls of two threads do not mix
         self._last: Call | None = None  # the last call with visual tokens, for the report
+        self._swapped = rows == "packed" and parts.decoder.config._attn_implementation == "sdpa"
+        if self._swapped:
+            parts.decoder.config._attn_implementation = PACKED
         self._probe = probe_config(parts.decoder.config)
         self._hooks = self._hook()
         self._undo = with_deepstack(parts.decoder, lambda: self._call)
@@ -94,6 +114,9 @@ class Handle:
         if self._undo_loss is not None:
             self._undo_loss()
             self._undo_loss = None
+        if self._swapped and self.parts.decoder.config._attn_implementation == PACKED:
+            self.parts.decoder.config._attn_implementation = "sdpa"
+        self._swapped = False
         if getattr(self.model.config, "hico", None) is not self._saved:
             if self._saved is None:
                 del self.model.config.hico
@@ -140,6 +163,11 @@ class Handle:
         reason = why_not_renumber(self.parts)
         if plan.positions == "renumber" and reason is not None:
             raise ValueError(f"plan: positions must be 'keep', got 'renumber': {reason}")
+
+    def _check_rows(self) -> None:
+        reason = why_not_packed(self.parts) if self.rows == "packed" else None
+        if reason is not None:
+            raise UnsupportedModel(f"model: rows must be 'padded', got 'packed': {reason}")
 
     def _set(self, plan: DropPlan) -> None:
         self.plan = plan
@@ -208,10 +236,12 @@ class Handle:
             prompt,
             Clock(),
             self._probe,
-            frames_of,
+            frames=frames_of,
         )
         if call.drops:
             self._check_call(cache)
+        if self.rows == "packed":
+            self._pack(call, cache)
         if prompt is not None:
             self._last = call
         return call
@@ -227,12 +257,27 @@ class Handle:
         reason = why_not_attention(self.parts.decoder)
         if reason is not None:
             raise UnsupportedModel(f"model: {reason}")
+        self._check_rows()
         if torch.is_tensor(getattr(self._local, "answers", None)):
             raise ValueError("logits_to_keep must be an int when tokens are dropped, got a tensor")
         if getattr(self._local, "labels", None) is not None:
             self._follow_labels()
         if cache is not None:
-            check_cache(cache)
+            check_cache(cache, packed=self.rows == "packed")
+
+    def _pack(self, call: Call, cache: Any) -> None:
+        """Let the call run without padding, where it drops or goes on with one that did."""
+        went = cache is not None and any(has_packed(cache, i) for i in range(len(cache.layers)))
+        if not ((went and call.length > 1) or (call.drops and call.batch > 1)):
+            return
+        if call.prompt is not None:
+            call.packing = call.prompt.num_real
+            return
+        past = self._past(cache, call.length, None)
+        end = past + call.length
+        call.real = real_tokens(call.mask, past, end, end)
+        real = call.real
+        call.packing = [call.length] * call.batch if real is None else real.sum(1).tolist()
 
     def _follow_labels(self) -> None:
         if self._undo_loss is None:
@@ -241,11 +286,19 @@ class Handle:
                 raise ValueError(f"labels: {reason}")
             self._undo_loss = with_loss(self.model, lambda: self._local.left)
 
-    def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> Any:
         call, self._local.call = self._local.call, None
-        if call is not None:
-            self._local.left = call.rows
-            call.finish()
+        if call is None:
+            return None
+        self._local.left = call.rows
+        call.finish()
+        if not isinstance(call.rows, PackedRows) or output is None:
+            return None
+        states = call.rows.padded(output[0][0])
+        if isinstance(output, tuple):
+            return (states, *output[1:])
+        output.last_hidden_state = states
+        return output
 
 
 class _BeforeLayer:

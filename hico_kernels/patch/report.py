@@ -31,13 +31,13 @@ class Report:
         config = decoder.config
         heads = config.num_key_value_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        each = 2 * heads * size * decoder.dtype.itemsize * call.batch
+        each = 2 * heads * size * decoder.dtype.itemsize
         return cls(
             list(call.widths),
             visual,
             call.length,
-            sum(call.widths) * each,
-            sum(call.length - rows for rows in call.widths) * each,
+            sum(call.held) * each,
+            sum(call.length * call.batch - rows for rows in call.held) * each,
             call.clock.milliseconds(),
         )
 

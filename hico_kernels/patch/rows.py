@@ -26,6 +26,7 @@ class Prompt:
     num_visual: list[int]
     num_text: list[int]  # tokens that always stay: all but visual ones and padding in front
     num_heard: list[int]  # text that the asking token may attend to
+    num_real: list[int]  # all tokens but padding
     padded: bool  # padding remains when that in front is gone
 
     @classmethod
@@ -67,6 +68,7 @@ class Prompt:
             num_visual.tolist(),
             (length - lead - num_visual).tolist(),
             (heard.sum(1) - num_visual).tolist(),
+            ok.sum(1).tolist(),
             bool((ok.sum(1) != length - lead).any()),
         )
 
@@ -90,20 +92,27 @@ class Rows:
         index = index.expand(prompt.visual.shape)
         return cls(index, torch.ones_like(prompt.visual), True, prompt.num_visual)
 
+    def table(self, table: Tensor) -> Tensor:
+        """Rotary tables [.., B or 1, q, D] -> [.., B, L, D]."""
+        table = table.expand(*table.shape[:-3], self.index.shape[0], -1, -1)
+        index = self.index.view(*[1] * (table.dim() - 3), *self.index.shape, 1)
+        return table.gather(-2, index.expand(*table.shape[:-2], -1, table.shape[-1]))
+
     def visual_slots(self, prompt: Prompt) -> Tensor:
         """The visual tokens left, as rows of the flattened [B*L], ascending."""
         visual = prompt.visual.gather(1, self.index) & self.valid
-        return _true(visual, sum(self.visual))
+        return ascending(visual, sum(self.visual))
 
     def heard_slots(self, prompt: Prompt) -> tuple[Tensor, list[int], Tensor]:
-        """What the asking token attends to, as flat rows and a count per row; and its column."""
+        """What the asking token attends to, as flat rows and a count per row; and its own row."""
         heard = self.valid & (self.index <= prompt.asking[:, None])
         columns = torch.arange(self.index.shape[1], device=self.index.device)
         asking = torch.where(heard, columns, 0).amax(1)
         if prompt.real is not None:
             heard = heard & (prompt.real | prompt.visual).gather(1, self.index)
         counts = [t + v for t, v in zip(prompt.num_heard, self.visual, strict=True)]
-        return _true(heard, sum(counts)), counts, asking
+        first = torch.arange(len(counts), device=asking.device) * len(self)
+        return ascending(heard, sum(counts)), counts, first + asking
 
     def after(self, prompt: Prompt, chosen: Tensor, keep: Sequence[int]) -> tuple["Rows", Tensor]:
         """With the visual tokens `chosen` (flat rows), `keep` in each row, and all text; and the
@@ -120,7 +129,7 @@ class Rows:
         valid = torch.arange(longest, device=device) >= first[:, None]
         # A place without a token is filled from its own row: some finite number, never attended to.
         source = (torch.arange(batch, device=device) * length)[:, None].expand(-1, longest)
-        source = source.masked_scatter(valid, _true(stay, sum(counts))).flatten()
+        source = source.masked_scatter(valid, ascending(stay, sum(counts))).flatten()
         index = self.index.flatten()[source].view(batch, longest)
         return Rows(index, valid, min(counts) == longest, list(keep)), source
 
@@ -146,7 +155,7 @@ def to_device(values: Sequence[int], device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def _true(mask: Tensor, count: int) -> Tensor:
+def ascending(mask: Tensor, count: int) -> Tensor:
     """Where a mask with `count` trues is true, flat and ascending; the count saves asking the
     device.
     """

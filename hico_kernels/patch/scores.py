@@ -62,17 +62,16 @@ def text_scores(
 ) -> Tensor:
     """What the token `asking` of each row attends to among `slots`, a softmax over all of them.
 
-    hidden [B, L, C]; asking [B] its column; slots [S] rows of the flattened [B*L], ascending, of
-    which each row of the batch has lengths[b]; config: `probe_config`'s -> [S] float32 (float64 for
+    hidden [B, L, C]; asking [B] and slots [S] are rows of the flattened [B*L], slots ascending and
+    lengths[b] of them of each sequence; config: `probe_config`'s -> [S] float32 (float64 for
     float64).
     """
     with torch.no_grad():
         q, k, scale = attention_inputs(layer, hidden, embeddings, config)
-        rows = torch.arange(len(lengths) + 1, device=hidden.device)
         return text_guided_scores(
-            q[rows[:-1], asking],
+            q.flatten(0, 1)[asking],
             k.flatten(0, 1)[slots],
-            rows,
+            torch.arange(len(lengths) + 1, device=hidden.device),
             to_device(list(accumulate(lengths, initial=0)), hidden.device),
             scale=scale,
         )
