@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import patch_models as tiny
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 
 import hico_kernels
 from hico_kernels import DropPlan, TextTopK, Uniform, UnsupportedModel
+from hico_kernels.flops import Decoder
 from hico_kernels.patch import call
 
 PLAN = DropPlan({1: Uniform(0.5), 3: TextTopK(0.25)})
@@ -181,6 +183,35 @@ def test_the_report_counts_tokens_and_bytes(model, inputs):
         "3             16  3, 3",
     ]
     assert "23% saved" in lines[4]
+
+
+def test_the_report_counts_flops_as_the_cost_model_does(model, inputs, tmp_path):
+    sizes = Decoder(layers=4, hidden=32, intermediate=48, heads=4, kv_heads=2, vocab=tiny.VOCAB)
+
+    def cost(rows):
+        parts = sizes.prefill_flops(rows)
+        return parts["matrices"] + parts["attention"]
+
+    with hico_kernels.compress(model, PLAN) as handle:
+        with pytest.raises(ValueError, match="nothing to draw"):
+            handle.report().save(tmp_path / "none.svg")
+        logits(model, inputs)
+        report = handle.report()
+    assert report.flops == 2 * (cost([26, 19, 19, 16]) + sizes.scoring_flops(19))
+    assert report.flops + report.flops_saved == 2 * cost([26] * 4)
+    with hico_kernels.compress(model, PLAN, rows="packed") as handle:
+        logits(model, inputs)
+        packed = handle.report()
+    # of the second sequence 3 tokens are padding; layer 0 runs before the first drop
+    rows = [[26, 19, 19, 16], [26, 16, 16, 13]]
+    scored = sizes.scoring_flops(19) + sizes.scoring_flops(16)
+    assert packed.flops == sum(map(cost, rows)) + scored
+    report.save(tmp_path / "report.svg")
+    root = ElementTree.parse(tmp_path / "report.svg").getroot()
+    bars = [e for e in root.iter() if e.get("class") == "visual" and e.get("x") != "56"]
+    heights = [float(bar.get("height")) for bar in bars]
+    whole = float(next(e for e in root.iter() if e.get("class") == "gone").get("height"))
+    assert heights == pytest.approx([whole * n / 26 for n in (13, 6, 6, 3)], abs=0.1)
 
 
 def bare(kind, **more):

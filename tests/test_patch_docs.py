@@ -40,7 +40,8 @@ def test_every_family_has_an_example():
 
 
 @pytest.mark.skipif(tiny.VERSION < (5, 3), reason="token types came with 5.3")
-def test_the_first_example_runs(capsys):
+def test_the_first_example_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(code(TEXT), "patching.md", "exec"), {})
     out = capsys.readouterr().out
     assert re.search(r"^0 +44 +32\n1-2 +36 +24\n3 +20 +8$", out, re.MULTILINE)

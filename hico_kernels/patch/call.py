@@ -36,8 +36,7 @@ class Call:
     rows: Rows | PackedRows | None = None  # None until the first drop
     counts: list[dict[int, int]] = field(default_factory=list)  # per row: layer -> visual kept
     kept: dict[int, Rows | PackedRows] = field(default_factory=dict)  # what each drop left
-    widths: list[int] = field(default_factory=list)  # rows that each layer was given
-    held: list[int] = field(default_factory=list)  # the same of all sequences, padding included
+    held: list[list[int]] = field(default_factory=list)  # layer -> rows of each sequence
     over: bool = False  # the decoder has returned
     _rules: dict[int, Rule] = field(init=False)
     _steps: dict[int, tuple[Rows | PackedRows | None, Tensor | None]] = field(default_factory=dict)
@@ -144,10 +143,9 @@ class Call:
                 left = self._drop(index, layer, given, embeddings)
                 source = left if source is None or left is None else source[left]
             self._steps[index] = (self.rows, source)
-            left = self.rows
-            self.widths.append(hidden.shape[1] if left is None else len(left))
-            packed = isinstance(left, PackedRows)
-            self.held.append(sum(left.counts) if packed else self.batch * self.widths[-1])
+            width = hidden.shape[1] if self.rows is None else len(self.rows)
+            packed = isinstance(self.rows, PackedRows)
+            self.held.append(self.rows.counts if packed else [width] * self.batch)
         rows, source = self._steps[index]
         if rows is not self.rows:
             self.rows = rows

@@ -1,49 +1,79 @@
 """What a prompt cost, layer by layer."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from torch import nn
 
+from hico_kernels.flops import visible_pairs
 from hico_kernels.patch.call import Call
-from hico_kernels.patch.plan import DropPlan
+from hico_kernels.patch.picture import draw
+from hico_kernels.patch.plan import DropPlan, TextTopK
 
 
 @dataclass(frozen=True)
 class Report:
-    """The last prompt with visual tokens: what each layer saw, and what that saved."""
+    """The last prompt with visual tokens: what each layer saw, and what that saved.
+
+    FLOPs are those of the language model reading the prompt, scoring included, the logits not, by
+    the convention "prefill_causal" of `hico_kernels.flops`; padding that runs counts.
+    """
 
     rows: list[int]  # tokens per layer, of the longest sequence of the batch
     visual: list[list[int]]  # visual tokens per layer, for each sequence
     length: int  # tokens of the prompt, padding included
     kv_bytes: int  # keys and values of the prompt in all layers
     kv_bytes_saved: int
+    flops: int
+    flops_saved: int
     milliseconds: dict[str, float]  # scoring, compacting
 
     @classmethod
     def of(cls, plan: DropPlan, decoder: nn.Module, call: Call | None) -> "Report":
         """The report of a call; empty before the first."""
         if call is None:
-            return cls([], [], 0, 0, 0, {})
+            return cls([], [], 0, 0, 0, 0, 0, {})
         visual, left = [], call.prompt.num_visual
-        for layer in range(len(call.widths)):
+        for layer in range(len(call.held)):
             left = call.kept[layer].visual if layer in call.kept else left
             visual.append(list(left))
-        config = decoder.config
-        heads = config.num_key_value_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        each = 2 * heads * size * decoder.dtype.itemsize
+        whole = [[call.length] * call.batch] * len(call.held)
+        each = 2 * _kv_width(decoder) * decoder.dtype.itemsize
+        kv, kv_whole = (each * sum(map(sum, held)) for held in (call.held, whole))
+        scored = [layer for layer in call.kept if isinstance(plan.drops.get(layer), TextTopK)]
+        before = [whole[0], *call.held]  # a drop scores what comes out of the layer before
+        flops = _flops(decoder, call.held) + sum(_scoring(decoder, before[n]) for n in scored)
         return cls(
-            list(call.widths),
+            [max(held) for held in call.held],
             visual,
             call.length,
-            sum(call.held) * each,
-            sum(call.length * call.batch - rows for rows in call.held) * each,
+            kv,
+            kv_whole - kv,
+            flops,
+            _flops(decoder, whole) - flops,
             call.clock.milliseconds(),
         )
 
     def as_dict(self) -> dict:
         """For JSON."""
         return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Draw tokens per layer, of the longest sequence, into an SVG file."""
+        if not self.rows:
+            raise ValueError("report: no prompt with visual tokens yet, nothing to draw")
+        visual = [max(counts) for counts in self.visual]
+        saved = self._saved()
+        title = f"Tokens in {len(self.rows)} layers: {', '.join(saved)}"
+        Path(path).write_text(draw(self.rows, visual, self.length, title), encoding="utf-8")
+
+    def _saved(self) -> list[str]:
+        flops = self.flops_saved / max(self.flops + self.flops_saved, 1)
+        kv = self.kv_bytes_saved / max(self.kv_bytes + self.kv_bytes_saved, 1)
+        return [
+            f"KV cache {self.kv_bytes / 2**20:.1f} MiB, {kv:.0%} saved",
+            f"{self.flops / 1e12:.3g} TFLOP, {flops:.0%} saved",
+        ]
 
     def __str__(self) -> str:
         if not self.rows:
@@ -60,7 +90,30 @@ class Report:
                 counts = ", ".join(map(str, self.visual[first]))
                 lines.append(f"{span:<8}{self.rows[first]:>8}  {counts}")
                 first = layer
-        saved = self.kv_bytes_saved / max(self.kv_bytes + self.kv_bytes_saved, 1)
-        lines.append(f"KV cache {self.kv_bytes / 2**20:.1f} MiB, {saved:.0%} saved")
         times = ", ".join(f"{name} {ms:.2f} ms" for name, ms in self.milliseconds.items())
-        return "\n".join([*lines, times] if times else lines)
+        return "\n".join([*lines, *self._saved(), *([times] if times else [])])
+
+
+def _head_dim(decoder: nn.Module) -> int:
+    config = decoder.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _kv_width(decoder: nn.Module) -> int:
+    return decoder.config.num_key_value_heads * _head_dim(decoder)
+
+
+def _flops(decoder: nn.Module, held: list[list[int]]) -> int:
+    """Of all layers, with held[l] rows of each sequence in layer l."""
+    width, total = decoder.config.num_attention_heads * _head_dim(decoder), 0
+    for layer, rows in zip(decoder.layers, held, strict=True):
+        macs = sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
+        total += 2 * macs * sum(rows) + 4 * width * sum(visible_pairs(n, n) for n in rows)
+    return total
+
+
+def _scoring(decoder: nn.Module, rows: list[int]) -> int:
+    """Keys of all rows, one query, their products: `hico_kernels.flops.Decoder.scoring_flops`."""
+    hidden, query = decoder.config.hidden_size, decoder.config.num_attention_heads
+    query *= _head_dim(decoder)
+    return sum(2 * (hidden * _kv_width(decoder) * n + hidden * query + query * n) for n in rows)
