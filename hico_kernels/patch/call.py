@@ -139,8 +139,9 @@ class Call:
             if self.packing is not None and self.rows is None and (drops or packed):
                 source = self._pack(hidden.device)
             if drops:
-                given = hidden if source is None else hidden.flatten(0, 1)[source][None]
-                left = self._drop(index, layer, given, embeddings)
+                with torch.no_grad():  # what is chosen has no gradient
+                    given = hidden if source is None else hidden.flatten(0, 1)[source][None]
+                    left = self._drop(index, layer, given, embeddings)
                 source = left if source is None or left is None else source[left]
             self._steps[index] = (self.rows, source)
             width = hidden.shape[1] if self.rows is None else len(self.rows)
