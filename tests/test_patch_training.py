@@ -82,6 +82,20 @@ def test_every_text_token_may_be_a_label(side):
     assert_same(got, want)
 
 
+@pytest.mark.parametrize("name", ["llava_onevision", "smolvlm", "qwen2_vl"])
+def test_without_mask_and_cache_gaps_between_positions_cut_nothing(name):
+    """Row 8: transformers then takes gaps in the positions for packed sequences, and cuts there."""
+    model, inputs = tiny.fresh(name).train(), lesson(name, padding=(0, 0))
+    del inputs["attention_mask"]
+    with hico_kernels.compress(model, PLAN) as handle:
+        loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+    got = gradients(model)
+    want_loss, want = reference(model, inputs, handle)
+    assert abs(loss.item() - want_loss) <= 1e-6 * want_loss
+    assert_same(got, want)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_checkpointing_changes_nothing(name, reentrant):

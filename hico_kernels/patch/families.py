@@ -47,6 +47,7 @@ FAMILIES = {
     "gemma3": Family("Gemma 3", ("gemma3_text",), visual=_IMAGES, images_see_ahead=True),
 }
 _KNOWN_REASONS = {
+    "VideoChatFlash": "it drops tokens itself, by the plan that its answer() and prefill() take",
     "gemma4": "its layers share keys and take per-layer embeddings, which dropping does not follow",
     "qwen3_5": "its linear-attention layers carry a state, which dropping does not follow",
 }
@@ -68,7 +69,8 @@ def take_apart(model: nn.Module) -> Parts:
     """The parts of a model; raises `UnsupportedModel` with the reason when it cannot be patched."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
-        reason = _KNOWN_REASONS.get(kind, f"the supported model types are {', '.join(FAMILIES)}")
+        known = kind if kind is not None else type(model).__name__
+        reason = _KNOWN_REASONS.get(known, f"the supported model types are {', '.join(FAMILIES)}")
         raise UnsupportedModel(f"model: cannot patch {type(model).__name__} ({kind}): {reason}")
     family = FAMILIES[kind]
     inner = getattr(model, "model", None)  # 4.57 shows its decoder on the outside, too
