@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from bench.results import OURS
+
 ROOT = Path(__file__).parents[1]
 CONFIDENCE = 0.99
 
@@ -54,7 +56,12 @@ def alternate(trees: list[Path], expression: str, rounds: int) -> list[dict[str,
         file.unlink(missing_ok=True)
         turns = pipes[i][0], pipes[1 - i][1]
         command = [sys.executable, "-m", "pytest", "-q", "bench", "--ignore-glob=*test_table*"]
-        command += ["-k", f"hico and ({expression})", "--benchmark-only", f"--rounds={rounds}"]
+        command += [
+            "-k",
+            f"({' or '.join(OURS)}) and ({expression})",
+            "--benchmark-only",
+            f"--rounds={rounds}",
+        ]
         command += [f"--benchmark-json={file}", f"--turns={turns[0]},{turns[1]}"]
         log = file.with_suffix(".txt").open("w")
         runs.append(subprocess.Popen(command, cwd=tree, pass_fds=turns, stdout=log, stderr=log))
@@ -120,7 +127,7 @@ def main() -> int:
         command = " ".join(map(str, e.cmd))
         print(f"bench.compare: {command} failed; a build's log is in build/base", file=sys.stderr)
         return 1
-    base, this = alternate([tree, ROOT], args.expression or "hico", args.rounds)
+    base, this = alternate([tree, ROOT], args.expression or " or ".join(OURS), args.rounds)
     print("\n".join(table(base, this)))
     return int(not base.keys() & this.keys())
 

@@ -46,7 +46,7 @@ def problems(ops: dict[str, Any]) -> list[Problem]:
     found: dict[tuple[str, str, str], Problem] = {}
     for line in ops["results"]:
         name = Name.parse(line["name"])
-        if name.impl != OURS:
+        if name.impl not in OURS:
             continue
         rival, ratio = min(
             line["times_as_fast"].items(), key=lambda pair: pair[1], default=(None, None)

@@ -31,7 +31,8 @@ SHORT = {
     torch.float64: "f64",
     torch.int64: "i64",
 }
-OURS = "hico"
+OURS = ("hico", "patched")  # what stands for us in comparisons
+ALSO_OURS = ("packed",)  # kept, but neither ours in comparisons nor a rival
 
 
 class Name(NamedTuple):
@@ -129,12 +130,13 @@ def _add_ratios(lines: list[dict[str, Any]]) -> None:
     """To every result of ours: how many times as long each alternative takes, by the medians."""
     for line in lines:
         name = Name.parse(line["name"])
-        if name.impl != OURS:
+        if name.impl not in OURS:
             continue
         line["times_as_fast"] = {
             other.impl: round(rival["median_s"] / line["median_s"], 3)
             for rival in lines
-            if (other := Name.parse(rival["name"])).problem == name.problem and other.impl != OURS
+            if (other := Name.parse(rival["name"])).problem == name.problem
+            and other.impl not in (*OURS, *ALSO_OURS)
         }
 
 
@@ -165,7 +167,7 @@ def write(run: dict[str, Any], to: Path = FOLDER) -> list[Path]:
 
 def _write_history(file: Path, ops: dict[str, Any]) -> Path:
     lines = ops["results"]
-    medians = {x["name"]: x["median_s"] for x in lines if Name.parse(x["name"]).impl == OURS}
+    medians = {x["name"]: x["median_s"] for x in lines if Name.parse(x["name"]).impl in OURS}
     now = {"commit": ops["commit"], "date": ops["date"], "median_s": medians}
     before = json.loads(file.read_text())["results"] if file.exists() else []
     runs = [x for x in before if x["commit"] != now["commit"]] + [now]

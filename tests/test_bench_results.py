@@ -25,6 +25,7 @@ OPS = run(
     line("merge-clip-f32-hico-t1", 0.00212345678),
     line("merge-clip-f32-eager-t1", 0.004),
     line("merge-clip-f32-compiled-t1", 0.001),
+    line("merge-clip-f32-packed-t1", 0.0001),
     line("merge-clip-f32-hico-t2", 0.001, percent=0.0),
     line("merge-clip-bf16-eager-t1", 0.5),
 )
@@ -57,13 +58,13 @@ def test_a_run_becomes_one_small_file(tmp_path):
         "percent_of_floor": 50.0,
         "times_as_fast": {"eager": 1.884, "compiled": 0.471},
     }
-    assert kept["results"][3] == {
+    assert kept["results"][4] == {
         "name": "merge-clip-f32-hico-t2",
         "min_s": 0.0005,
         "median_s": 0.001,
         "times_as_fast": {},
     }
-    assert "times_as_fast" not in kept["results"][4]
+    assert "times_as_fast" not in kept["results"][5]
     medians = {"merge-clip-f32-hico-t1": 0.002123, "merge-clip-f32-hico-t2": 0.001}
     assert json.loads(history.read_text())["results"][0]["median_s"] == medians
 
