@@ -67,12 +67,17 @@ def draw(folder: Path, kept: Path = results.FOLDER) -> list[Path]:
     measured = tables[0] if tables else None
     written = _save(folder, "cost", lambda theme: costs(theme, measured), measured)
     for ops in results.load("ops", kept):
-        name, found = report.ops_picture(ops), report.problems(ops)
-        written += _save(folder, name, lambda theme, found=found: operations(theme, found), ops)
+        names = [report.picture_of(ops, kind) for kind in report.PICTURES]
+        found = report.problems(ops)
+        for name, whole in zip(names, (False, True), strict=False):
+            rows = [problem for problem in found if problem.whole == whole]
+            if rows:
+                written += _save(
+                    folder, name, lambda theme, rows=rows: operations(theme, rows), ops
+                )
         runs = results.history(ops, kept)
         if len(runs) > 1:
-            name = name.replace("ops", "progress", 1)
-            written += _save(folder, name, lambda theme, runs=runs: progress(theme, runs), ops)
+            written += _save(folder, names[-1], lambda theme, runs=runs: progress(theme, runs), ops)
     return written
 
 

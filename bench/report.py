@@ -1,7 +1,7 @@
 """Writes what was measured into README.md, and draws it: python -m bench.report
 
 README's part between the markers follows from the files in bench/results and the cost model; so do
-the pictures docs/cost-*.svg and docs/ops-*.svg, and build/report.html, one page with all of it.
+the pictures docs/cost-*.svg and those of a device, and build/report.html, one page with all of it.
 """
 
 import sys
@@ -14,6 +14,7 @@ from bench.results import OURS, Name
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench: written by `make report` -->", "<!-- /bench -->"
+PICTURES = ("ops", "models", "progress")
 WIDTH = 830  # pixels of a README
 
 
@@ -33,6 +34,7 @@ class Problem(NamedTuple):
     op: str
     shape: str
     dtype: str
+    whole: bool  # a model, beside the same model as it is
     runs: list[Run]
 
     @property
@@ -53,7 +55,8 @@ def problems(ops: dict[str, Any]) -> list[Problem]:
         )
         run = Run(name.threads, line["median_s"], line.get("percent_of_floor"), rival, ratio)
         key = name.op, name.shape, name.dtype
-        found.setdefault(key, Problem(*key, [])).runs.append(run)
+        whole = "stock" in line["times_as_fast"]
+        found.setdefault(key, Problem(*key, whole, [])).runs.append(run)
     return list(found.values())
 
 
@@ -181,9 +184,9 @@ def picture(name: str, text: str) -> str:
     )
 
 
-def ops_picture(kept: dict[str, Any]) -> str:
-    """The name of a device's picture."""
-    return f"ops-{results.folder_of(kept['device'])}"
+def picture_of(kept: dict[str, Any], kind: str) -> str:
+    """The name of a device's picture of this kind."""
+    return f"{kind}-{results.folder_of(kept['device'])}"
 
 
 def readme_part(folder: Path = results.FOLDER) -> str:
@@ -202,14 +205,16 @@ def readme_part(folder: Path = results.FOLDER) -> str:
         parts += folded("Time to the first token by stage", stages(measured[0]))
     for kept in results.load("ops", folder):
         found = problems(kept)
+        operations, models, progress = (picture_of(kept, kind) for kind in PICTURES)
         parts += [
-            picture(ops_picture(kept), "Percent of the floor and speed beside alternatives"),
+            picture(operations, "Operations: percent of the floor, speed beside alternatives"),
             f"{device_line(kept)}; {limits_line(kept)}; medians. {verdict(found)}",
             *folded("All rows", table(found)),
         ]
+        if any(problem.whole for problem in found):
+            parts.append(picture(models, "Models: percent of the floor, speed beside the stock"))
         if len(results.history(kept, folder)) > 1:
-            name = ops_picture(kept).replace("ops", "progress", 1)
-            parts.append(picture(name, "Speed of every operation over commits"))
+            parts.append(picture(progress, "Speed of every operation over commits"))
     return "\n\n".join(parts)
 
 

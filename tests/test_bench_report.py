@@ -18,6 +18,9 @@ LINES = [
     ("merge-clip-f32-compiled-t2", 0.002, 17.5),
     ("score-long_video-bf16-hico-t1", 2.5e-5, 0.0),
     ("score-long_video-bf16-torch-t1", 0.0075, 0.0),
+    ("read-64frames-f32-patched-t1", 0.5, 20.0),
+    ("read-64frames-f32-packed-t1", 0.1, 90.0),
+    ("read-64frames-f32-stock-t1", 1.0, 20.0),
 ]
 
 
@@ -49,8 +52,8 @@ def test_readmes_pictures_are_of_the_results_of_the_repository():
     tables = results.load("tables")
     drawn = {"cost": report.device_line(tables[0]) if tables else "no measurements"}
     for kept in results.load("ops"):
-        drawn[report.ops_picture(kept)] = report.device_line(kept)
-        drawn[report.ops_picture(kept).replace("ops", "progress", 1)] = report.device_line(kept)
+        for kind in report.PICTURES:
+            drawn[report.picture_of(kept, kind)] = report.device_line(kept)
     named = re.findall(r"docs/([\w-]+)-(light|dark)\.svg", report.readme_part())
     assert len(named) >= 2
     for name, theme in named:
@@ -62,16 +65,18 @@ def test_readmes_pictures_are_of_the_results_of_the_repository():
 def test_where_an_alternative_wins_the_table_says_so(kept):
     (ops,) = results.load("ops", kept)
     found = report.problems(ops)
-    _, _, merge, score = report.table(found)
+    _, _, merge, score, read = report.table(found)
     assert merge == (
         "| merge | clip | f32 | 1 / 0.5 ms | 40 / 35 | **compiled wins: 2.00 x** / 2 x compiled |"
     )
+    assert read == "| read | 64frames | f32 | 250 ms | 20 | 2 x stock |"
+    assert [problem.whole for problem in found] == [False, False, True]
     assert score == "| score | long_video | bf16 | 12.5 us |  | 300 x torch |"
     assert report.verdict(found) == (
-        "Faster than the best alternative in 2 of 3 comparisons; slower than compiled in merge "
+        "Faster than the best alternative in 3 of 4 comparisons; slower than compiled in merge "
         "clip f32 on 1 thread (2.00 x)."
     )
-    assert report.verdict(found[1:]) == ("Faster than the best alternative in 1 of 1 comparisons.")
+    assert report.verdict(found[1:]) == ("Faster than the best alternative in 2 of 2 comparisons.")
 
 
 def test_the_way_to_the_first_token_is_shown_by_stage():
@@ -95,7 +100,7 @@ def test_readmes_part_names_device_commit_and_every_picture(kept):
     assert "A CPU, 2 CPUs, torch 2.13.0, commit bbb" in part
     assert "measured limits: copy 12.5 / 25.0 GB/s, float32 100 GFLOP/s; medians." in part
     assert "not measured so far" in part
-    for name in ("cost", "ops-a-cpu-2-cpus", "progress-a-cpu-2-cpus"):
+    for name in ("cost", *(f"{kind}-a-cpu-2-cpus" for kind in ("ops", "models", "progress"))):
         assert f'srcset="docs/{name}-dark.svg"' in part
         assert f'src="docs/{name}-light.svg"' in part
 
@@ -108,14 +113,14 @@ def test_pictures_and_page_are_drawn_and_drawn_again_the_same(kept, tmp_path):
     folder.mkdir()
     files = pictures.draw(folder, kept)
     before = {file.name: file.read_bytes() for file in files}
-    names = ("cost", "ops-a-cpu-2-cpus", "progress-a-cpu-2-cpus")
+    names = ("cost", *(f"{kind}-a-cpu-2-cpus" for kind in ("ops", "models", "progress")))
     assert set(before) == {f"{name}-{theme}.svg" for name in names for theme in ("light", "dark")}
     assert {file.name: file.read_bytes() for file in pictures.draw(folder, kept)} == before
     shown = before["ops-a-cpu-2-cpus-light.svg"].decode()
     for text in ("0.5 compiled", "2 compiled", "300 torch", "no floor", "long_video bf16"):
         assert f">{text}<" in shown
     text = page.write(tmp_path / "report.html", folder, kept).read_text()
-    assert text.count("data:image/svg+xml;base64,") == 6
+    assert text.count("data:image/svg+xml;base64,") == 8
     assert "docs/" not in text
     assert "<b>compiled wins: 2.00 x</b>" in text
     assert "2368810.0" in text
