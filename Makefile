@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | gpu | asan: each makes what it needs. Settings, as in `make test VENV=env PYTHON=python3.12`:
+# make demo | test | lint | bench | gpu | asan | compat: each makes what it needs. Settings, as in `make test VENV=env PYTHON=python3.12`:
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -9,7 +9,7 @@ READY := $(VENV)/.hico-ready
 SAY := @printf '\033[1m==>\033[0m %s\n'
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench report instructions check-instructions gpu asan build clean
+.PHONY: demo test lint format bench report instructions check-instructions gpu asan compat build clean
 
 demo: $(READY)  ## a real video through the whole flow: a table here, pictures in hico_demo.html
 	$(SAY) "running the demo"
@@ -55,6 +55,10 @@ asan: $(READY)  ## the suite with the native code under ASAN and UBSAN
 	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  PYTHONPATH="$$(echo build/asan/lib.*)" $(BIN)/python -m pytest -q tests -k 'not leak_nothing'
+
+compat: $(READY)  ## patching of other models on several releases of transformers; the table in docs/patching.md
+	$(SAY) "testing patches on several releases of transformers"
+	@$(BIN)/python tests/compat.py
 
 build: $(READY)
 
