@@ -147,7 +147,8 @@ def bipartite_soft_matching(
     if r < 0:
         raise ValueError(f"r must be at least 0, got {r}")
     t = metric.shape[1]
-    r = min(r, max(t - class_token - distill_token, 0) // 2)
+    protected = int(class_token) + int(distill_token)  # torch 2.11 traces no difference with a bool
+    r = min(r, max(t - protected, 0) // 2)
     metric = metric.detach()
     run = overload("bipartite_soft_matching", impl, metric)
     return Matching(run(metric, r, class_token, distill_token), t - r)
