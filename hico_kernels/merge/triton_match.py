@@ -10,7 +10,8 @@ tokens, side b the odd ones; CLASS and DISTILL (0 or 1) of them take no part.
 import triton
 import triton.language as tl
 
-_ROUND = ("t", "r", "offset", "rounds", "keep", "total")  # not worth a compilation for each value
+# Not worth a compilation for each value that is 1 or a multiple of 16, as Triton makes otherwise.
+COUNTS = ("t", "r", "k", "keep", "rows", "heads", "tokens", "rounds", "offset", "total", "tiles")
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def unit_rows(sums):
     return tl.where(length > 0, tl.div_rn(sums, tl.where(length > 0, length, 1)), 0 * sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def head_sums(
     x, sums, unit, rows, t, width, padded, heads, x_n, x_t, x_c,
     BT: tl.constexpr, BD: tl.constexpr,
@@ -42,7 +43,7 @@ def head_sums(
     tl.store(unit + to, unit_rows(total), mask=inside)
 
 
-@triton.jit(do_not_specialize=_ROUND)
+@triton.jit(do_not_specialize=COUNTS)
 def best_match(
     unit, best, into, t, offset, total, width, tiles,
     CLASS: tl.constexpr, DISTILL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -81,7 +82,7 @@ def best_match(
     tl.store(into + to, first, mask=i < count_a)
 
 
-@triton.jit(do_not_specialize=_ROUND)
+@triton.jit(do_not_specialize=COUNTS)
 def rank(
     keys, ranks, t, r, offset, total, tiles,
     CLASS: tl.constexpr, KEEP_ORDER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -131,7 +132,7 @@ def position(token, into, ranks, t, r, known, CLASS: tl.constexpr, DISTILL: tl.c
     return tl.where((token == 0) & (CLASS > 0), 0, out)
 
 
-@triton.jit(do_not_specialize=_ROUND)
+@triton.jit(do_not_specialize=COUNTS)
 def compose(
     into, ranks, assignment, tokens, t, r, keep, rounds, total, tiles,
     CLASS: tl.constexpr, DISTILL: tl.constexpr, BT: tl.constexpr,

@@ -7,10 +7,10 @@ every run. Letters as in triton_match.py; K positions, C channels.
 import triton
 import triton.language as tl
 
-from hico_kernels.merge.triton_match import position, unit_rows
+from hico_kernels.merge.triton_match import COUNTS, position, unit_rows
 
 
-@triton.jit(do_not_specialize=("t", "r", "offset", "keep", "total"))
+@triton.jit(do_not_specialize=(*COUNTS, "to_n"))
 def list_members(
     assignment, into, ranks, order, first, t, r, keep, offset, total, to_n, to_t, tiles,
     GIVEN: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr,
@@ -73,7 +73,7 @@ def member_sums(
     return sums, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*COUNTS, "weight_n", "weight_t"))
 def mean(
     x, weights, order, first, tokens, sizes, t, keep, c, x_n, x_t, x_c, weight_n, weight_t, tiles,
     WEIGHTED: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -107,7 +107,7 @@ def mean(
         tl.store(sizes + row, total, mask=k < keep)
 
 
-@triton.jit(do_not_specialize=("t", "keep"))
+@triton.jit(do_not_specialize=COUNTS)
 def merge_metric(
     sums, order, first, merged, unit, t, keep, width, tiles,
     BK: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
@@ -131,7 +131,9 @@ def merge_metric(
     tl.store(unit + to, unit_rows(result), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(*COUNTS, "to_n", "to_t", "total_n", "total_k", "weight_n", "weight_t")
+)
 def spread_gradient(
     grad, assignment, totals, weights, out, rows, t, k, c,
     grad_n, grad_k, grad_c, to_n, to_t, total_n, total_k, weight_n, weight_t,
