@@ -85,6 +85,19 @@ def test_positions_outside_are_no_members_and_get_no_gradient():
     assert given.count_nonzero(dim=-1).tolist() == [5, 0, 5, 0, 5, 0]
 
 
+@pytest.mark.parametrize("n", [-(2**63), -1, 0, 7, 2**62])
+def test_a_hostile_size_is_an_error(n):
+    x = Draw(DEVICE, torch.float32).normal(1, 6, 4)
+    merge, match = torch.ops.hico_triton.merge_tokens, torch.ops.hico_triton.bipartite_soft_matching
+    with pytest.raises(ValueError, match="num_tokens must be in"):
+        merge(x, n, 1)
+    with pytest.raises(ValueError, match="num_heads must divide 4"):
+        merge(x, 2, n)
+    if n:
+        with pytest.raises(ValueError, match="r must be in"):
+            match(x, n, False, False)
+
+
 def test_the_gradient_is_that_of_the_reference():
     x = Draw(DEVICE, torch.float32).normal(2, 45, 10).requires_grad_()
     gradients = []

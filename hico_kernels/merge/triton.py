@@ -113,7 +113,11 @@ def merge_tokens(
     x: Tensor, num_tokens: int, num_heads: int, metric: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [N, T, C], metric [N, T, D] -> tokens [N, K, C], int32 sizes [N, K], assignment [N, T]."""
-    n, t, _ = x.shape
+    n, t, c = x.shape
+    if not 1 <= num_tokens <= t:
+        raise ValueError(f"num_tokens must be in [1, {t}], got {num_tokens}")
+    if num_heads < 1 or c % num_heads:
+        raise ValueError(f"num_heads must divide {c}, got {num_heads}")
     if num_tokens == t or n == 0:
         assignment = torch.arange(t, dtype=torch.int32, device=x.device).repeat(n, 1)
         copy = x[:, :num_tokens].clone(memory_format=torch.contiguous_format)
@@ -137,6 +141,9 @@ def bipartite_soft_matching(
 ) -> Tensor:
     """Metric [N, T, D] -> assignment [N, T] int32 with values below T - r."""
     n, t, _ = metric.shape
+    most = max(t - class_token - distill_token, 0) // 2
+    if not 0 <= r <= most:
+        raise ValueError(f"r must be in [0, {most}], got {r}")
     if r == 0 or n == 0:
         return torch.arange(t, dtype=torch.int32, device=metric.device).repeat(n, 1)
     rounds = _Rounds(metric, 1, (int(class_token), int(distill_token)), t - t // 2 - class_token)
