@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tiles over packed sequences, products, rounding.
+"""What the Triton kernels share: tiles over packed sequences, products, the architecture.
 
 Only hico_kernels/*/triton*.py import this, so that `import hico_kernels` does not import triton.
 """
@@ -6,7 +6,17 @@ Only hico_kernels/*/triton*.py import this, so that `import hico_kernels` does n
 import triton
 import triton.language as tl
 
-INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1
+
+def interpreted() -> bool:
+    """Whether kernels run as Python: what fits into registers then only costs time."""
+    return triton.knobs.runtime.interpret
+
+
+def architecture() -> int:
+    """80 for sm_80, 90 for sm_90 and so on; the interpreter gets what a Hopper GPU does."""
+    if interpreted():
+        return 90
+    return triton.runtime.driver.active.get_current_target().arch
 
 
 def slots(rows: int, sequences: int, size: int) -> int:
@@ -56,17 +66,5 @@ def sequence_at(slot, cu_ptr, stride, sequences, rows, SIZE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b in float32. The interpreter cannot multiply bfloat16 (triton issue 11584)."""
-    if INTERPRET:
-        a, b = a.to(tl.float32), b.to(tl.float32)
+    """acc + a @ b, float32 without shortcuts."""
     return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """Float32 x in `dtype`, to nearest. The interpreter truncates to bfloat16: rounded here."""
-    if INTERPRET and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        up = bits + 0x7FFF + ((bits >> 16) & 1)
-        x = tl.where(x == x, up & -65536, bits | 0x400000).to(tl.float32, bitcast=True)
-    return x.to(dtype)

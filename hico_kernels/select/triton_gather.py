@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hico_kernels.triton_tiles import rounded
-
 _TILE = 4096  # elements of a program: four loads of 16 bytes in flight for each of 128 threads
 
 
@@ -95,7 +93,6 @@ def scatter_kernel(
                 place = grad_ptr + taker * grad_row + c * grad_column
                 total += tl.load(place, mask=c < width, other=0).to(SUM)
                 taker = tl.min(tl.where(match & (m > taker), m, picked))
-        total = rounded(total, out_ptr.dtype.element_ty)
         tl.store(out_ptr + often * width + c, total, mask=c < width)
         often = tl.min(tl.where((last > first) & (s > often), s, rows))
 
