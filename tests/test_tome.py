@@ -417,14 +417,16 @@ def test_masks_between_tokens_are_refused():
     ("forward", "match"),
     [
         (lambda block, x, mask: x[:, :-1], "did not use its attention as expected"),
-        (lambda block, x, mask: block.self_attn(x, mask)[0][:, 1:], "did not use its attention"),
+        (lambda block, x, mask: asked(block, x, mask)[:, 1:], "did not use its attention"),
+        (lambda block, x, mask: block.self_attn(x, mask)[0], "is not on the norm of its input"),
         (
-            lambda block, x, mask: block.self_attn(x)[0] + block.self_attn(x)[0],
-            "asks for attention more than once",
+            lambda block, x, mask: block.self_attn(block.layer_norm1(2 * x), mask)[0],
+            "is not on the norm of its input",
         ),
+        (lambda block, x, mask: asked(block, x, torch.ones(1)), "a block changes attention_mask"),
         (
-            lambda block, x, mask: block.self_attn(x, torch.ones(1))[0],
-            "a block changes attention_mask for its attention",
+            lambda block, x, mask: asked(block, x, mask) + asked(block, x, mask),
+            "asks for attention more than once",
         ),
     ],
 )
@@ -439,6 +441,10 @@ def test_a_block_that_does_otherwise_is_refused(forward, match, monkeypatch):
     tome.patch(tower, r=4)
     with pytest.raises(UnsupportedModel, match=match):
         tower(**towers.inputs(HF["clip"]))
+
+
+def asked(block, x, mask):
+    return block.self_attn(block.layer_norm1(x), mask)[0]
 
 
 def test_attention_without_the_fused_call_is_refused(monkeypatch):

@@ -34,7 +34,8 @@ class Ahead:
         enter: Callable[[Tensor, dict[str, Any]], tuple[Batch, int]],
         local: threading.local,
     ) -> None:
-        self.norm, self.enter, self.local = block.norm, enter, local
+        self.enter, self.local = enter, local
+        self.norm = Instead(block.norm, self._norm)
         self.attention = Instead(block.attention, self._answer)
         # Compiled attention would meet `Proportional` twice: while it is traced, and when it runs.
         self._attend = torch.compiler.disable(self._attention)
@@ -42,8 +43,8 @@ class Ahead:
 
     def remove(self) -> None:
         """Leave the block as it was."""
-        self.attention.remove()
-        self.block.remove()
+        for part in (self.norm, self.attention, self.block):
+            part.remove()
 
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         name, x, given = self.block.named(args, kwargs)
@@ -56,13 +57,13 @@ class Ahead:
         update, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         if r:
             x, update = batch.merge(key, r, x, update)
-        answer = Answer(update if rest is None else (update, *rest), given)
+        answer = Answer(x, update if rest is None else (update, *rest), given)
         self.local.waiting = answer
         try:
             out = self.block.original(**{**given, name: x})
         finally:
             self.local.waiting = None
-        answer.check(self.block.module, out, x)
+        answer.check(self.block.module, out)
         return out
 
     def _attention(
@@ -70,7 +71,7 @@ class Ahead:
     ) -> tuple[Any, Tensor]:
         """What attention gives for the block's input, and its keys."""
         with Proportional(bias) as seen:
-            out = self.attention.original(self.norm(x), **passed)
+            out = self.attention.original(self.norm.module(x), **passed)
         if len(seen.keys) != 1:
             raise UnsupportedModel(
                 f"vision_tower: {type(self.attention.module).__name__} called torch's scaled_dot_"
@@ -78,22 +79,34 @@ class Ahead:
             )
         return out, seen.keys[0]
 
+    def _norm(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        out = self.norm.original(*args, **kwargs)
+        answer = getattr(self.local, "waiting", None)
+        if answer is not None and args[0] is answer.x:
+            answer.normed = out
+        return out
+
     def _answer(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         answer = getattr(self.local, "waiting", None)
         if answer is None:
             return self.attention.original(*args, **kwargs)
-        _, _, asked = self.attention.named(args, kwargs)
-        return answer.give(asked)
+        _, x, asked = self.attention.named(args, kwargs)
+        return answer.give(x, asked)
 
 
 class Answer:
     """What attention gives its block, once."""
 
-    def __init__(self, out: Any, given: dict[str, Any]) -> None:
-        self.out, self.given, self.times = out, given, 0
+    def __init__(self, x: Tensor, out: Any, given: dict[str, Any]) -> None:
+        self.x, self.out, self.given, self.times = x, out, given, 0
+        self.normed: Tensor | None = None  # norm(x), once the block has it
 
-    def give(self, asked: dict[str, Any]) -> Any:
+    def give(self, x: Tensor, asked: dict[str, Any]) -> Any:
         """The result; raises where the block does otherwise than when attention ran ahead."""
+        if x is not self.normed:
+            raise UnsupportedModel(
+                "vision_tower: a block's attention is not on the norm of its input"
+            )
         for name, value in asked.items():
             given = self.given.get(name)
             if value is not given and not (given is None and value is False):
@@ -103,10 +116,10 @@ class Answer:
             raise UnsupportedModel("vision_tower: a block asks for attention more than once")
         return self.out
 
-    def check(self, block: nn.Module, out: Any, x: Tensor) -> None:
-        """Raise when the block has not used it, or does not give the tokens x it was given."""
+    def check(self, block: nn.Module, out: Any) -> None:
+        """Raise when the block has not used it, or does not give the tokens it was given."""
         tokens = out[0] if isinstance(out, tuple) else out
-        if self.times != 1 or tokens.shape[:-1] != x.shape[:-1]:
+        if self.times != 1 or tokens.shape[:-1] != self.x.shape[:-1]:
             raise UnsupportedModel(
                 f"vision_tower: {type(block).__name__} did not use its attention as expected"
             )
