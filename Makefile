@@ -32,8 +32,8 @@ format: $(READY)  ## rewrite to that style
 bench: $(READY)  ## timings against floors and alternatives; results go to bench/results
 	@mkdir -p build
 	@git status --porcelain -- csrc hico_kernels model 'bench/*.py' 2>/dev/null | sed 's/^/not committed, results will not count: /'
-	@$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-json=build/bench.json
-	@$(BIN)/python -m bench.results build/bench.json
+	@$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-json=build/bench.json; code=$$?; \
+	  $(BIN)/python -m bench.results build/bench.json && exit $$code
 
 report: $(READY)  ## write what was measured into README and docs
 	@$(BIN)/python -m bench.report

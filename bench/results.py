@@ -101,7 +101,9 @@ def commit() -> str:
 
 
 def compact(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What is kept of pytest-benchmark's JSON: kind -> content of its file."""
+    """What is kept of pytest-benchmark's JSON: kind -> content of its file. A benchmark that failed
+    or did not come to its end is left out.
+    """
     machine = run["machine_info"]
     head = {
         "device": machine["device"],
@@ -116,6 +118,8 @@ def compact(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
         entry = {"name": line["name"]}
         if "observed" in line["extra_info"]:
             kinds["tables"].append(entry | line["extra_info"]["observed"])
+            continue
+        if "percent_of_floor" not in line["extra_info"]:
             continue
         stats = line["stats"]
         entry |= {"min_s": _digits(stats["min"]), "median_s": _digits(stats["median"])}

@@ -29,6 +29,9 @@ OPS = run(
     line("merge-clip-f32-hico-t2", 0.001, percent=0.0),
     line("merge-clip-bf16-eager-t1", 0.5),
 )
+FAILED = line("merge-clip-bf16-hico-t1", 0.1)
+FAILED["extra_info"] = {}
+OPS["benchmarks"].append(FAILED)
 
 
 def test_names_are_read_as_they_are_written():
@@ -65,6 +68,7 @@ def test_a_run_becomes_one_small_file(tmp_path):
         "times_as_fast": {},
     }
     assert "times_as_fast" not in kept["results"][5]
+    assert len(kept["results"]) == 6  # not the one that failed
     medians = {"merge-clip-f32-hico-t1": 0.002123, "merge-clip-f32-hico-t2": 0.001}
     assert json.loads(history.read_text())["results"][0]["median_s"] == medians
 

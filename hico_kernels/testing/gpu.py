@@ -188,12 +188,10 @@ def _gathered(done: dict, out: Path) -> dict:
 
 
 def _compact(run: dict) -> dict:
-    """What bench/results.py keeps of the benchmarks that came to their end."""
+    """What bench/results.py keeps."""
     from bench import results  # of the checkout
 
-    ended = {"percent_of_floor", "observed"}
-    lines = [x for x in run["benchmarks"] if ended & x["extra_info"].keys()]
-    return results.compact(run | {"benchmarks": lines})
+    return results.compact(run)
 
 
 def work(todo: dict[str, Part], out: Path) -> int:
