@@ -272,9 +272,11 @@ def test_supports_says_what_a_plan_may_ask_for(model):
         "family": "LLaVA-OneVision",
         "layers": 4,
         "positions": ["keep", "renumber"],
+        "rows": ["padded", "packed"],
     }
     for name in ("qwen2_vl", "gemma3"):
         assert hico_kernels.supports(tiny.model(name))["positions"] == ["keep"]
+    assert hico_kernels.supports(tiny.model("gemma3"))["rows"] == ["padded"]
 
 
 WRONG_PLANS = {

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hico_kernels.patch import presets
-from hico_kernels.patch.families import UnsupportedModel, take_apart, why_not_renumber
+from hico_kernels.patch.families import (
+    UnsupportedModel,
+    take_apart,
+    why_not_packed,
+    why_not_renumber,
+)
 from hico_kernels.patch.plan import DropPlan, PerFrame, TextTopK, Uniform
 from hico_kernels.patch.prellm import PreLLM
 
@@ -48,7 +53,7 @@ def supports(model: nn.Module) -> dict[str, Any]:
     """Whether `model` can be patched, and which plans fit it.
 
     -> {"supported": bool, "reason": why not, or None}, and where supported "family", "layers" and
-    the "positions" that a plan may ask for.
+    the "positions" that a plan, and "rows" that `patch` may ask for.
     """
     try:
         parts = take_apart(model)
@@ -61,6 +66,7 @@ def supports(model: nn.Module) -> dict[str, Any]:
         "family": parts.family.name,
         "layers": len(parts.decoder.layers),
         "positions": ["keep", "renumber"] if renumber else ["keep"],
+        "rows": ["padded"] if why_not_packed(parts) else ["padded", "packed"],
     }
 
 
