@@ -102,6 +102,18 @@ def combine_kernel(
     tl.store(out_ptr + (b * H + h) * D + d, out, mask=d < D)
 
 
+def tiles_of(q: Tensor) -> dict[str, int]:
+    """Entries N of a tile, width, and the part of it that is multiplied at once."""
+    width = max(triton.next_power_of_2(q.shape[2]), 16)
+    if q.dtype == torch.float32:  # no tensor cores: operands lie in registers
+        part, n, warps, stages = min(width, 32), 64 if interpreted() else 16, 8, 1
+    else:
+        part, n, stages = width, 64 if width > 128 or q.shape[2] % 16 else 128, 2
+        warps = 4 if width <= 64 else 8
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return {"BLOCK_D": width, "PART": part, "N": n, **options}
+
+
 def ragged_decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_lengths: Tensor, scale: float
 ) -> Tensor:
@@ -110,23 +122,19 @@ def ragged_decode_attention(
     out = q.new_empty(q.shape)
     if not out.numel():
         return out
-    block_d = max(triton.next_power_of_2(width), 16)
-    wide = q.dtype == torch.float32  # no tensor cores: operands lie in registers
-    n = 16 if wide and not interpreted() else 64 if block_d > 128 or width % 16 else 128
-    wanted = min(triton.cdiv(longest, n), _SPLITS, _PROGRAMS // (sequences * groups))
+    tiles = tiles_of(q)
+    wanted = min(triton.cdiv(longest, tiles["N"]), _SPLITS, _PROGRAMS // (sequences * groups))
     splits = max(wanted, 1)
     parts = q.new_empty(sequences, splits, heads, width, dtype=torch.float32)
     tops, sums = q.new_empty(2, sequences, splits, heads, dtype=torch.float32)
     part_kernel[(sequences, groups, splits)](
         q, k_cache, v_cache, kv_lengths, parts, tops, sums, longest, splits, scale * LOG2E,
         *q.stride(), *k_cache.stride(), *v_cache.stride(), kv_lengths.stride(0),
-        H=heads, G=groups, D=width, BLOCK_D=block_d, PART=16 if wide else block_d,
-        M=max(triton.next_power_of_2(heads // groups), 16), N=n,
-        num_warps=16 if wide else 8, num_stages=1 if wide else 2, enable_fp_fusion=True,
+        H=heads, G=groups, D=width, M=max(triton.next_power_of_2(heads // groups), 16), **tiles,
     )  # fmt: skip
     combine_kernel[(sequences, heads)](
         parts, tops, sums, out, splits,
-        H=heads, D=width, BLOCK_D=block_d, SPLITS=triton.next_power_of_2(splits),
+        H=heads, D=width, BLOCK_D=tiles["BLOCK_D"], SPLITS=triton.next_power_of_2(splits),
         enable_fp_fusion=True,
     )  # fmt: skip
     return out
