@@ -66,7 +66,7 @@ def test_every_width_of_a_head(width, dtype):
 @pytest.mark.parametrize("causal", [False, True])
 def test_tiles_at_every_offset_of_the_diagonal(causal):
     """Lengths around the sizes of tiles, more and fewer queries than keys."""
-    rows, keys = (127, 128, 129, 64, 1), (128, 127, 65, 200, 129)
+    rows, keys = (127, 128, 129, 64, 1, 128), (128, 127, 65, 200, 129, 129)
     arguments = *packed(rows, keys, 1, 1, 16, torch.float16), causal, 0.25, None
     check(kernels.ragged_attention, ragged_attention_reference, arguments)
 
@@ -121,8 +121,8 @@ def test_wrong_lengths_touch_no_other_memory(ends):
 def test_a_cache_is_shared_out_whatever_the_lengths(monkeypatch, programs):
     monkeypatch.setattr(triton_decode, "_PROGRAMS", programs)
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(3, 6, 20, generator=generator).bfloat16()
-    k, v = (torch.randn(3, 700, 2, 20, generator=generator).bfloat16() for _ in "kv")
+    q = torch.randn(3, 6, 20, generator=generator)
+    k, v = (torch.randn(3, 700, 2, 20, generator=generator) for _ in "kv")
     arguments = q, k, v, torch.tensor([700, 0, 129]), 0.3
     check(kernels.ragged_decode_attention, ragged_decode_attention_reference, arguments)
 
