@@ -290,6 +290,9 @@ def test_threads_do_not_mix():
             assert equal(got, expected)
 
 
+@pytest.mark.skipif(
+    patch_models.VERSION < (5, 18), reason="some make masks of ones when compiled: refused"
+)
 @pytest.mark.parametrize("name", ["vit", "siglip2", "dinov3"])
 @torch.no_grad()
 def test_a_compiled_tower_gives_the_same(name):
