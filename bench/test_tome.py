@@ -77,7 +77,7 @@ def flops(vit: Vit, depth: int, r: int) -> int:
 
 
 @pytest.mark.parametrize("impl", ["hico", "eager", "stock"])
-@pytest.mark.parametrize("r", [8, 16])
+@pytest.mark.parametrize("r", [8, 14])  # 16 would run out of tokens in the smaller one
 @pytest.mark.parametrize("shape", VITS)
 @torch.no_grad()
 def test_tower(measure, device, threads, benchmark, timed, shape, r, impl):
