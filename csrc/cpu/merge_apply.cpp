@@ -94,7 +94,8 @@ std::tuple<Tensor, Tensor> merge_apply_cpu(const Tensor& x_in, const Tensor& ass
       if (total[row] == 0) {
         std::fill_n(to + row * c * bytes, c * bytes, 0);
       } else {
-        mean(from + i * t * c * bytes, member, count, own, total[row], c, next, to + row * c * bytes);
+        mean(from + i * t * c * bytes, member, count, own, total[row], c, next,
+             to + row * c * bytes);
       }
     }
   });

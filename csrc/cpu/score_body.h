@@ -3,8 +3,9 @@
 // and HICO_FEW_ROWS (up to how many rows keys are not packed; 0: registers do not suffice).
 //
 // Keys are the columns: a block is transposed once into a panel [step][key], and every query row of
-// its group multiplies it, so that keys are read once for all heads and rows and never repeated. For
-// few rows the transposing would cost more than the products: there keys are multiplied as they lie.
+// its group multiplies it, so that keys are read once for all heads and rows and never repeated.
+// For few rows the transposing would cost more than the products: there keys are multiplied as they
+// lie.
 #include "cpu/exp.h"
 #include "cpu/score_kernels.h"
 #include "cpu/vector.h"
@@ -154,8 +155,8 @@ void multiply_rows(int64_t rows, const float* query, int64_t line, int64_t steps
 }
 
 // Lanes of a and b that differ in bit kBit of their number, added: those with the bit clear hold
-// sums of a, the others of b. Folding 16 vectors pairwise, bits 8, 4, 2, 1, leaves the sum of vector
-// i in lane i.
+// sums of a, the others of b. Folding 16 vectors pairwise, bits 8, 4, 2, 1, leaves the sum of
+// vector i in lane i.
 template <int kBit>
 inline Lanes fold(const Lanes& a, const Lanes& b) {
   Whole keep, swap;
@@ -201,15 +202,15 @@ void multiply_unpacked(const float* query, int64_t line, const typename Step::El
         }
 #pragma GCC unroll 4
         for (int r = 0; r < count; ++r) {
-          part[i][first + r] = fold<4>(fold<8>(sum[r][0], sum[r][2]), fold<8>(sum[r][1], sum[r][3]));
+          part[i][first + r] =
+              fold<4>(fold<8>(sum[r][0], sum[r][2]), fold<8>(sum[r][1], sum[r][3]));
         }
       };
       half(0, kHalf);
       if constexpr (kRows > 1) half(kHalf, kRows - kHalf);
     }
     for (int r = 0; r < kRows; ++r) {
-      const Lanes sums =
-          fold<1>(fold<2>(part[0][r], part[2][r]), fold<2>(part[1][r], part[3][r]));
+      const Lanes sums = fold<1>(fold<2>(part[0][r], part[2][r]), fold<2>(part[1][r], part[3][r]));
       store(logits + r * kScoreKeys + j, sums * scale);
     }
   }
@@ -222,12 +223,12 @@ bool multiply_few(int64_t rows, const float* query, int64_t line, const typename
                   float* logits) {
   if (width % (kLanes * Step::kChannels) != 0) return false;
   switch (rows) {
-#define HICO_FEW(n)                                                                               \
-  case n:                                                                                         \
-    if constexpr (n <= HICO_FEW_ROWS) {                                                           \
-      multiply_unpacked<Step, n>(query, line, k, keys, stride, width, scale, next, logits);       \
-      return true;                                                                                \
-    }                                                                                             \
+#define HICO_FEW(n)                                                                         \
+  case n:                                                                                   \
+    if constexpr (n <= HICO_FEW_ROWS) {                                                     \
+      multiply_unpacked<Step, n>(query, line, k, keys, stride, width, scale, next, logits); \
+      return true;                                                                          \
+    }                                                                                       \
     break;
     HICO_FEW(1) HICO_FEW(2) HICO_FEW(3) HICO_FEW(4) HICO_FEW(5) HICO_FEW(6) HICO_FEW(7) HICO_FEW(8)
 #undef HICO_FEW

@@ -1,10 +1,10 @@
 // select_topk: the rows of the keep[b] largest scores of each sequence, ascending.
 // reference: hico_kernels/select/reference.py
 // A sample of the scores tells between which two keys the k-th largest very likely lies. One pass
-// keeps the keys between them and counts those above; histograms of what is kept, 11 bits at a time,
-// find the key; then one ordered pass writes the rows. Where the sample misled, the first pass is
-// repeated on the side that holds the key. Long sequences are cut into blocks of fixed size that
-// threads take. Bound by two passes over scores that sit in cache.
+// keeps the keys between them and counts those above; histograms of what is kept, 11 bits at a
+// time, find the key; then one ordered pass writes the rows. Where the sample misled, the first
+// pass is repeated on the side that holds the key. Long sequences are cut into blocks of fixed size
+// that threads take. Bound by two passes over scores that sit in cache.
 #include <algorithm>
 #include <functional>
 #include <numeric>

@@ -128,8 +128,7 @@ Tensor text_guided_scores_cpu(const Tensor& q_in, const Tensor& k_in, const Tens
       const int64_t at_once = (count + turns - 1) / turns;
       const int64_t blocks = (length + kScoreKeys - 1) / kScoreKeys;
       std::optional<Tensor> large;
-      float* weights =
-          room_for_weights(blocks * kScoreKeys * heads * at_once, k, scratch, large);
+      float* weights = room_for_weights(blocks * kScoreKeys * heads * at_once, k, scratch, large);
       for (int64_t r0 = 0; r0 < count; r0 += at_once) {
         const int64_t now = std::min(at_once, count - r0);
         const ScoreShape shape{now * share, groups, width, static_cast<float>(scale)};
@@ -142,7 +141,8 @@ Tensor text_guided_scores_cpu(const Tensor& q_in, const Tensor& k_in, const Tens
           }
         }
         add_scores(scratch.queries.data(), rows_of_k + first * groups * width * bytes, length,
-                   shape, bf16, 1.0f / static_cast<float>(count * heads), weights, scratch, to + first);
+                   shape, bf16, 1.0f / static_cast<float>(count * heads), weights, scratch,
+                   to + first);
       }
     }
   };
