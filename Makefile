@@ -17,7 +17,7 @@ demo: $(READY)  ## a real video through the whole flow: a table here, pictures i
 
 test: $(READY)  ## every test, then every benchmark once with timing off
 	$(SAY) "running the tests"
-	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests
 	$(SAY) "running every benchmark once, without timing"
 	@$(BIN)/python -m pytest -q bench --benchmark-disable
 

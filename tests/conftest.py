@@ -2,7 +2,7 @@
 
 What happens inside an operation with several threads is a test of its own, which sets their number.
 Without a CUDA device the Triton kernels run in Triton's interpreter, which has to be said before
-Triton is imported. What is compiled is a test of its own too (test_triton_compile.py).
+Triton is imported. What is compiled is a test of its own too (test_aot.py).
 """
 
 import os
