@@ -26,8 +26,8 @@ def test_text_guided_scores(measure, device, threads, benchmark, video, rows, im
     torch.testing.assert_close(
         text_guided_scores(q, k, cu_q, cu_k),
         alternatives.grouped_scores(q, k),
-        atol=1e-4,
-        rtol=1e-2,
+        atol=0,  # a score may be as small as 1 / keys
+        rtol=3e-2,  # the alternative's logits are rounded to bfloat16
     )
     flops = 2 * rows * s.heads * s.tokens * s.head_width
     measure(run, dtype=q.dtype, bytes_=k.nbytes + 4 * s.tokens, flops=flops)
