@@ -15,9 +15,11 @@ demo: $(READY)  ## a real video through the whole flow: a table here, pictures i
 	$(SAY) "running the demo"
 	@$(BIN)/hico demo
 
-test: $(READY)  ## every test, then every benchmark once with timing off
+test: $(READY) $(VENV)/timm  ## every test, then every benchmark once with timing off
 	$(SAY) "running the tests"
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests
+	$(SAY) "running the tests of timm's towers"
+	@PYTHONPATH=$(VENV)/timm $(BIN)/python -m pytest -q tests/test_tome_timm.py tests/test_tome_docs.py
 	$(SAY) "running every benchmark once, without timing"
 	@$(BIN)/python -m pytest -q bench --benchmark-disable
 
@@ -75,6 +77,11 @@ $(READY): $(NATIVE) | $(BIN)/python
 	$(SAY) "building hico_kernels"
 	@$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
 	@touch $@
+
+# Beside the environment, for its own tests alone: timm wants torchvision, which PyPI has for CUDA only, and transformers would use it.
+$(VENV)/timm: | $(READY)
+	@$(BIN)/python -m pip install -q --no-deps --target $@ timm \
+	  $$($(BIN)/python -c 'import torch; print(f"torchvision==0.{int(torch.__version__.split(chr(46))[1]) + 15}.*")')
 
 clean:  ## everything that was built, not the virtual environment
 	rm -rf build *.egg-info hico_kernels/*.so $(READY)
