@@ -6,6 +6,7 @@
 #include "cpu/merge_apply.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -80,22 +81,35 @@ std::tuple<Tensor, Tensor> merge_apply_cpu(const Tensor& x_in, const Tensor& ass
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(y.mutable_data_ptr());
   float* total = mutable_data<float>(totals);
-  torch::stable::parallel_for(0, n * k, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t i = row / k;
-      const int32_t* start = first.data() + i * (k + 1) + row % k;
+  const int32_t* position = data<int32_t>(assignment);
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t* start = first.data() + i * (k + 1);
+    for (int64_t p = 0; p < k; ++p) {
+      if (start[p] != start[p + 1]) continue;
+      total[i * k + p] = 0;
+      std::fill_n(to + (i * k + p) * c * bytes, c * bytes, 0);
+    }
+  }
+  // In the order of the tokens, each position with its first: where few tokens merge, x is then read
+  // page after page, and not every second page twice over.
+  torch::stable::parallel_for(0, n * t, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t i = token / t, row = i * k + position[token];
+      const int32_t* start = first.data() + i * (k + 1) + position[token];
       const int32_t* member = order.data() + i * t + start[0];
+      const int32_t own_place = static_cast<int32_t>(token - i * t);
+      if (member[0] != own_place) continue;
       const int64_t count = start[1] - start[0];
       const float* own = weight ? weight + i * t : nullptr;
-      // The next position's first row, a page that no prefetcher foresees. The last has none.
-      const int32_t next = start[1] < t ? order[i * t + start[1]] : 0;
       total[row] = 0;
       for (int64_t m = 0; m < count; ++m) total[row] += own ? own[member[m]] : 1.0f;
       if (total[row] == 0) {
         std::fill_n(to + row * c * bytes, c * bytes, 0);
+      } else if (count == 1 && std::isfinite(total[row])) {
+        std::copy_n(from + token * c * bytes, c * bytes, to + row * c * bytes);
       } else {
-        mean(from + i * t * c * bytes, member, count, own, total[row], c, next,
-             to + row * c * bytes);
+        mean(from + i * t * c * bytes, member, count, own, total[row], c,
+             std::min<int32_t>(own_place + 1, t - 1), to + row * c * bytes);
       }
     }
   });
