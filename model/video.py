@@ -259,7 +259,7 @@ class _DecordVideo:
         try:
             reader = self._reader()
             first = self._batch(reader, [0])[0]
-        except (decord.DECORDError, RuntimeError) as e:
+        except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError) as e:
             raise _unreadable(path, _last_line(e)) from e
         count = len(reader)
         times = reader.get_frame_timestamp(np.arange(count))
@@ -278,7 +278,7 @@ class _DecordVideo:
             reader = self._reader()
             for i in wanted:
                 yield self._batch(reader, [i])[0]
-        except (decord.DECORDError, RuntimeError) as e:
+        except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError) as e:
             raise _unreadable(self.path, _last_line(e)) from e
 
     def _reader(self):
@@ -286,7 +286,8 @@ class _DecordVideo:
 
         with _silent_stderr():
             decord.logging.set_level(decord.logging.QUIET)
-            return decord.VideoReader(self.path, num_threads=1)
+            # No frame may stand in for one that cannot be decoded: by default any number does.
+            return decord.VideoReader(self.path, num_threads=1, fault_tol=1e-9)
 
     @staticmethod
     def _batch(reader, indices: list[int]) -> np.ndarray:

@@ -210,12 +210,19 @@ void combine(const float* out, const float* top, const float* total, int64_t blo
   if (most == -INFINITY) most = 0;
   float sum = 0;
   for (int64_t b = 0; b < blocks; ++b) sum += std::exp(top[b * step] - most) * total[b * step];
-  for (int64_t c = 0; c < width; c += kLanes) {
-    Lanes x = {};
+  constexpr int kWide = 8;  // vectors of columns that share an exponential
+  for (int64_t c = 0; c < width; c += kWide * kLanes) {
+    Lanes x[kWide] = {};
+    const int64_t left = (width - c + kLanes - 1) / kLanes, vectors = left < kWide ? left : kWide;
     for (int64_t b = 0; b < blocks; ++b) {
-      x += std::exp(top[b * step] - most) * load(out + b * out_step + c);
+      const float share = std::exp(top[b * step] - most);
+      for (int64_t i = 0; i < vectors; ++i)
+        x[i] += share * load(out + b * out_step + c + i * kLanes);
     }
-    store_part(static_cast<T*>(result), c, width, sum == 0 ? Lanes{} : x * (1.0f / sum));
+    for (int64_t i = 0; i < vectors; ++i) {
+      const Lanes value = sum == 0 ? Lanes{} : x[i] * (1.0f / sum);
+      store_part(static_cast<T*>(result), c + i * kLanes, width, value);
+    }
   }
 }
 

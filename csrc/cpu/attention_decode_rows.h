@@ -43,7 +43,7 @@ struct Prefetcher {
 
   HICO_INLINE void next() {
     if (rows <= 0) return;
-    __builtin_prefetch(row + head * head_bytes + at);
+    __builtin_prefetch(row + head * head_bytes + at, 0, 2);
     if ((at += 64) < bytes) return;
     at = 0;
     if (++head < heads) return;

@@ -90,8 +90,8 @@ std::tuple<Tensor, Tensor> merge_apply_cpu(const Tensor& x_in, const Tensor& ass
       std::fill_n(to + (i * k + p) * c * bytes, c * bytes, 0);
     }
   }
-  // In the order of the tokens, each position with its first: where few tokens merge, x is then read
-  // page after page, and not every second page twice over.
+  // In the order of the tokens, each position with its first: where few tokens merge, x is then
+  // read page after page, and not every second page twice over.
   torch::stable::parallel_for(0, n * t, 32, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const int64_t i = token / t, row = i * k + position[token];
