@@ -358,22 +358,11 @@ def test_what_is_not_known_is_refused():
     strange = transformers.ViTModel(config)
     blocks_of(strange)[1] = nn.Identity()
     refused(strange, "its blocks must be ViTLayer, got Identity")
+    qwen = patch_models.fresh("qwen2_5_vl")
+    refused(qwen, r"pass the vision tower in it, \.(model\.)?visual$")
     missing = transformers.ViTModel(config)
     blocks_of(missing)[0].attention = None
     refused(missing, "cannot patch ViTLayer: it has no attention")
-
-
-@pytest.mark.parametrize(
-    ("family", "model"),
-    [
-        ("qwen2_vl", "Qwen2VisionTransformerPretrainedModel"),
-        ("qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel"),
-        ("qwen3_vl", "Qwen3VLVisionModel"),
-    ],
-)
-def test_towers_with_a_patch_merger_are_refused(family, model):
-    visual = patch_models.fresh(family).model.visual
-    refused(visual, rf"cannot patch {model}: its .*2 x 2 neighbours .*PreLLM")
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "llava_next_video", "internvl"])

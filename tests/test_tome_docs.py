@@ -27,6 +27,11 @@ HF = {
     "DINOv3": "dinov3",
     "InternVL's vision tower": "internvl",
 }
+PACKED = {
+    "Qwen2-VL's vision tower": "qwen2_vl",
+    "Qwen2.5-VL's vision tower": "qwen2_5_vl",
+    "Qwen3-VL's vision tower": "qwen3_vl",
+}
 TIMM = {
     "timm: ViT": "vit",
     "timm: CLIP": "clip",
@@ -39,6 +44,7 @@ TIMM = {
 OTHERS = {
     "In a vision tower",
     "A dense map for what comes after",
+    "Qwen-VL: whole groups, and tokens for all of them",
     "What is refused",
     "Towers",
     "In front of a language model",
@@ -53,8 +59,9 @@ def run(section, **names):
 
 
 def test_every_kind_has_an_example():
-    assert set(SECTIONS) == {*HF, *TIMM, *VIDEO, *OTHERS}
+    assert set(SECTIONS) == {*HF, *PACKED, *TIMM, *VIDEO, *OTHERS}
     assert set(HF.values()) == set(towers.HF) - {"internvl_norms"}
+    assert set(PACKED.values()) == set(towers.PACKED)
 
 
 def test_the_example_of_a_tower_runs():
@@ -110,14 +117,24 @@ def test_the_example_of_clips_runs(capsys):
     assert re.search(r"^0-3 +20 +8$", capsys.readouterr().out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("section", VIDEO)
-def test_the_example_of_a_family_runs(section, monkeypatch, capsys):
-    kind = VIDEO[section]
+def with_model(monkeypatch, kind):
     model = tiny.fresh(kind)
     for auto, made in (
         (transformers.AutoModelForImageTextToText, model),
         (transformers.AutoProcessor, Processor(kind)),
     ):
         monkeypatch.setattr(auto, "from_pretrained", lambda *args, made=made, **kwargs: made)
+
+
+@pytest.mark.parametrize("section", PACKED)
+def test_the_example_of_a_packed_tower_runs(section, monkeypatch, capsys):
+    with_model(monkeypatch, PACKED[section])
+    run(section)
+    assert capsys.readouterr().out == "torch.Size([24])\n"  # of 48 patches
+
+
+@pytest.mark.parametrize("section", VIDEO)
+def test_the_example_of_a_family_runs(section, monkeypatch, capsys):
+    with_model(monkeypatch, VIDEO[section])
     run(section)
     assert "KV cache" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Tiny random vision towers of every supported kind, and pictures for them."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,57 @@ HF = {
     ),
     "internvl": Tower(_of(**INTERNVL), prefix=1),
     "internvl_norms": Tower(_of(**INTERNVL, use_qk_norm=True, norm_type="rms_norm"), prefix=1),
+}
+
+
+# Towers that end in a patch merger: two frames, a wide picture and a picture, one behind the other.
+GRIDS = [[2, 8, 8], [1, 4, 12], [1, 8, 8]]
+
+
+def grids() -> dict[str, Any]:
+    patches = sum(t * h * w for t, h, w in GRIDS)
+    return {"hidden_states": torch.randn(patches, 96), "grid_thw": torch.tensor(GRIDS)}
+
+
+def _packed(module: str, model: str, config: str, **settings: Any) -> Tower:
+    def make() -> nn.Module:
+        code = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+        size = {"depth": 3, "num_heads": 2, "patch_size": 4, **settings}
+        return getattr(code, model)._from_config(
+            getattr(code, config)(**size), attn_implementation="sdpa"
+        )
+
+    return Tower(make, grids)
+
+
+QWEN = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 24}
+PACKED = {
+    "qwen2_vl": _packed(
+        "qwen2_vl",
+        "Qwen2VisionTransformerPretrainedModel",
+        "Qwen2VLVisionConfig",
+        embed_dim=32,
+        hidden_size=24,
+        mlp_ratio=2,
+    ),
+    "qwen3_vl": _packed(
+        "qwen3_vl",
+        "Qwen3VLVisionModel",
+        "Qwen3VLVisionConfig",
+        **QWEN,
+        num_position_embeddings=64,
+        deepstack_visual_indexes=[0, 2],
+    ),
+    # Windows of 3 x 3 groups and less: 9, 3, 3 and 1 in a frame of 4 x 4.
+    "qwen2_5_vl": _packed(
+        "qwen2_5_vl",
+        "Qwen2_5_VisionTransformerPretrainedModel",
+        "Qwen2_5_VLVisionConfig",
+        **QWEN,
+        depth=5,
+        window_size=24,
+        fullatt_block_indexes=[0, 3],
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from hico_kernels import checks
 from hico_kernels.patch.families import UnsupportedModel
 from hico_kernels.tome.handle import Handle
-from hico_kernels.tome.schedule import Schedule
+from hico_kernels.tome.schedule import Schedule, Settings
 from hico_kernels.tome.towers import take_apart
 
 Order = Literal["spatial", "matching"]
@@ -38,11 +38,17 @@ def patch(
     2210.09461, section 3). Class tokens and registers never merge. The tower's output is shorter;
     `Handle.sizes`, `.assignment` and `.unmerge` say what became of each token.
 
-    r: pairs that merge in each block, at most half of its patches. keep: instead, the share of the
-    patches in (0, 1] that the last block leaves. prop_attn: a token of size s counts s times in
-    attention, softmax(QK^T / sqrt(d) + log s). order: "spatial" keeps the order of the input, a
-    merged token at the place (and rotary position) of its target; "matching" leaves the order to
-    the operation.
+    Towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL hold packed frames. They merge whole groups of those
+    patches that their patch merger joins to one token, within a frame (Qwen2.5-VL: a window, in the
+    blocks that attend in windows), by the keys of a group side by side. What the patch merger and
+    DeepStack give has a token for every group again, so the language model goes on as it did.
+
+    r: pairs that merge in each block, at most half of its patches (packed: pairs of groups in each
+    frame or window). keep: instead, the share of the patches in (0, 1] that the last block leaves
+    (packed: of the groups of each frame or window, rounded down, one at least). prop_attn: a token
+    of size s counts s times in attention, softmax(QK^T / sqrt(d) + log s). order: "spatial" keeps
+    the order of the input, a merged token at the place (and rotary position) of its target;
+    "matching" leaves the order to the operation.
 
     Raises `UnsupportedModel` with the reason for a tower that is not known, does not use torch's
     fused attention or is patched already; TypeError or ValueError for the other arguments. Only
@@ -52,4 +58,4 @@ def patch(
     checks.boolean("prop_attn", prop_attn)
     if order not in get_args(Order):
         raise ValueError(f"order must be 'spatial' or 'matching', got {order!r}")
-    return Handle(vision_tower, take_apart(vision_tower), schedule, prop_attn, order)
+    return Handle(vision_tower, take_apart(vision_tower), Settings(schedule, prop_attn, order))

@@ -18,6 +18,7 @@ from hico_kernels.patch.families import UnsupportedModel
 from hico_kernels.tome.attention import Proportional
 from hico_kernels.tome.batch import Batch
 from hico_kernels.tome.instead import Instead
+from hico_kernels.tome.packed import Packed
 from hico_kernels.tome.towers import Block
 
 
@@ -31,7 +32,7 @@ class Ahead:
     def __init__(
         self,
         block: Block,
-        enter: Callable[[Tensor, dict[str, Any]], tuple[Batch, int]],
+        enter: Callable[[Tensor, dict[str, Any]], tuple[Batch | Packed, int | list[int]]],
         local: threading.local,
     ) -> None:
         self.enter, self.local = enter, local
@@ -49,11 +50,11 @@ class Ahead:
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         name, x, given = self.block.named(args, kwargs)
         batch, r = self.enter(x, given)
-        if r == 0 and not batch.merged:
+        if not r and not batch.merged:
             return self.block.original(*args, **kwargs)
         # The blocks of all known towers pass on what they are given; `Answer.give` checks that.
         passed = self.attention.takes(batch.arguments(given))
-        out, key = self._attend(x, passed, batch.bias)
+        out, key = self._attend(x, passed, batch.bias, batch.ends(given))
         update, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         if r:
             x, update = batch.merge(key, r, x, update)
@@ -67,10 +68,14 @@ class Ahead:
         return out
 
     def _attention(
-        self, x: Tensor, passed: dict[str, Any], bias: Tensor | None
+        self,
+        x: Tensor,
+        passed: dict[str, Any],
+        bias: Tensor | None,
+        ends: tuple[Tensor, int] | None,
     ) -> tuple[Any, Tensor]:
         """What attention gives for the block's input, and its keys."""
-        with Proportional(bias) as seen:
+        with Proportional(bias, ends) as seen:
             out = self.attention.original(self.norm.module(x), **passed)
         if len(seen.keys) != 1:
             raise UnsupportedModel(

@@ -12,17 +12,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hico_kernels.attention import ragged_attention
+
 
 class Proportional(TorchFunctionMode):
     """While this is entered, softmax(QK^T / sqrt(d) + bias) V (arXiv 2210.09461, section 3).
 
-    bias [B, T]: for the keys of every head and query, the log of their sizes; None: none. What the
-    attention used as keys, [B, H, T, D] per call, is in `keys` afterwards.
+    bias [B, T]: for the keys of every head and query, the log of their sizes; None: none. ends: the
+    bounds [N+1] int32 of packed sequences, and the longest of them: then B is 1, and each attends
+    to itself. What the attention used as keys, [B, H, T, D] per call, is in `keys` afterwards.
     """
 
-    def __init__(self, bias: Tensor | None) -> None:
+    def __init__(self, bias: Tensor | None, ends: tuple[Tensor, int] | None = None) -> None:
         super().__init__()
-        self.bias, self.keys = bias, []
+        self.bias, self.ends, self.keys = bias, ends, []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -47,6 +50,8 @@ class Proportional(TorchFunctionMode):
             raise ValueError("attention_mask: merged tokens cannot follow a mask between tokens")
         self.keys.append(key)
         rest = {"dropout_p": dropout_p, "enable_gqa": enable_gqa}
+        if self.ends is not None:
+            return packed(query, key, value, self.bias, self.ends, scale, **rest)
         if self.bias is None:
             return F.scaled_dot_product_attention(query, key, value, scale=scale, **rest)
         return attend(query, key, value, self.bias, scale, **rest)
@@ -90,3 +95,33 @@ def by_channels(
         **rest,
     )
     return out[..., : value.shape[-1]]
+
+
+def packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    ends: tuple[Tensor, int],
+    scale: float | None,
+    dropout_p: float,
+    enable_gqa: bool,
+) -> Tensor:
+    """Attention of every packed sequence to itself, in one call. [1, H, S, D] -> [1, H, S, D]"""
+    if dropout_p:
+        raise ValueError(f"vision_tower: attention must have no dropout, got {dropout_p}")
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    bounds, longest = ends
+    out = ragged_attention(
+        q,
+        k,
+        v,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        causal=False,
+        scale=scale,
+        key_bias=None if bias is None else bias[0],
+    )
+    return out.transpose(0, 1)[None]

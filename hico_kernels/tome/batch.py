@@ -6,19 +6,18 @@ import torch
 from torch import Tensor
 
 from hico_kernels.tome.matching import match
+from hico_kernels.tome.schedule import Settings
 from hico_kernels.tome.towers import Parts
 
 
 class Batch:
     """What every token stands for, block after block."""
 
-    def __init__(
-        self, parts: Parts, order: str, prop_attn: bool, x: Tensor, given: dict[str, Any]
-    ) -> None:
+    def __init__(self, parts: Parts, settings: Settings, x: Tensor, given: dict[str, Any]) -> None:
         self.kind, self.prefix = parts.kind, parts.prefix
-        self.order, self.prop_attn = order, prop_attn
+        self.order, self.prop_attn = settings.order, settings.prop_attn
         b, t = x.shape[:2]
-        self.num_patches = t - self.prefix
+        self._pairs = settings.schedule.pairs(t - self.prefix, len(parts.blocks))
         self.places = torch.arange(t, device=x.device).expand(b, t)  # token -> its place at first
         self.assignment = self.places.int()  # place at first -> token now
         self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -39,6 +38,17 @@ class Batch:
             return None
         sizes = self.sizes if self.prop_attn else self.sizes > 0
         return sizes.to(self.wide).log()
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether x holds one row for each token that is left."""
+        return x.shape[:2] == self.sizes.shape
+
+    def pairs(self, index: int, given: dict[str, Any]) -> int:
+        """How many pairs merge in block `index`."""
+        return self._pairs[index]
+
+    def ends(self, given: dict[str, Any]) -> None:
+        """Of packed sequences: there are none."""
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """What a block was given for its attention, for the tokens that are left."""
@@ -79,7 +89,7 @@ class Batch:
 
     def unmerge(self, x: Tensor) -> Tensor:
         """x [B, K, ...] -> [B, T, ...]: every token at first has the value of what it went into."""
-        if x.shape[:2] != self.sizes.shape:
+        if not self.fits(x):
             expected = ", ".join(map(str, self.sizes.shape))
             raise ValueError(f"x must be [{expected}, ...], got {tuple(x.shape)}")
         rows = torch.arange(len(x), device=x.device)[:, None]

@@ -1,4 +1,4 @@
-"""How many tokens every layer of a tower leaves."""
+"""How many tokens every layer of a tower leaves, and the other settings of a patch."""
 
 from dataclasses import dataclass
 
@@ -48,3 +48,12 @@ class Schedule:
             )
         even = final + (num_tokens - final) * behind // num_layers
         return left - min(even, final << behind)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `hico_kernels.tome.patch` was asked for."""
+
+    schedule: Schedule
+    prop_attn: bool
+    order: str

@@ -17,6 +17,7 @@ class Kind:
     prefix: Callable[[nn.Module], int] = lambda tower: 0  # tokens in front that never merge
     tables: str | None = None  # argument of a block that holds rotary tables of the patches
     padded: bool = False  # whether images of a batch may be padded, told by attention_mask
+    packed: bool = False  # whether frames follow each other, and groups of patches become one token
 
 
 def _registers(tower: nn.Module) -> int:
@@ -33,6 +34,7 @@ def _one(tower: nn.Module) -> int:
 
 _CLIP = {"CLIPEncoderLayer": Kind("self_attn", "layer_norm1", _one)}
 _SIGLIP = {"SiglipEncoderLayer": Kind("self_attn", "layer_norm1")}
+_PACKED = Kind("attn", "norm1", tables="position_embeddings", packed=True)
 # Class of the tower -> its block classes, by library: others have towers of the same name.
 TOWERS = {
     "transformers": {
@@ -53,6 +55,9 @@ TOWERS = {
         "DINOv3ViTModel": {
             "DINOv3ViTLayer": Kind("attention", "norm1", _registers, "position_embeddings")
         },
+        "Qwen2VisionTransformerPretrainedModel": {"Qwen2VLVisionBlock": _PACKED},
+        "Qwen2_5_VisionTransformerPretrainedModel": {"Qwen2_5_VLVisionBlock": _PACKED},
+        "Qwen3VLVisionModel": {"Qwen3VLVisionBlock": _PACKED},
         "InternVLVisionModel": {"InternVLVisionLayer": Kind("attention", "layernorm_before", _one)},
     },
     "timm": {
@@ -60,16 +65,6 @@ TOWERS = {
         "VisionTransformerDistilled": {"Block": Kind("attn", "norm1", _timm_prefix)},
         "Eva": {"EvaBlock": Kind("attn", "norm1", _timm_prefix, "rope")},
     },
-}
-_GRID = (
-    "its patch merger takes 2 x 2 neighbours of a whole grid, and the language model has a "
-    "placeholder for each such group; merge after the tower instead (PreLLM)"
-)
-_KNOWN_REASONS = {
-    "Qwen2VisionTransformerPretrainedModel": _GRID,
-    "Qwen2_5_VisionTransformerPretrainedModel": "its blocks attend in windows of fixed size, and "
-    + _GRID,
-    "Qwen3VLVisionModel": _GRID,
 }
 
 
@@ -89,6 +84,9 @@ class Parts:
     kind: Kind
     prefix: int
     blocks: tuple[Block, ...]
+    merging: tuple[int, ...]  # which blocks merge
+    unit: int = 0  # patches that the patch merger of a packed tower joins
+    mergers: tuple[nn.Module, ...] = ()
 
 
 def take_apart(tower: nn.Module) -> Parts:
@@ -113,7 +111,17 @@ def take_apart(tower: nn.Module) -> Parts:
         reason = f"its pooling must be AttentionPoolLatent, got {type(pool).__name__}"
     if reason is not None:
         raise UnsupportedModel(f"vision_tower: cannot patch {type(tower).__name__}: {reason}")
-    return Parts(kind, kind.prefix(tower), blocks)
+    if not kind.packed:
+        return Parts(kind, kind.prefix(tower), blocks, tuple(range(len(blocks))))
+    mergers = (tower.merger, *getattr(tower, "deepstack_merger_list", ()))
+    unit = tower.spatial_merge_size**2
+    return Parts(kind, kind.prefix(tower), blocks, _in_windows(tower, len(blocks)), unit, mergers)
+
+
+def _in_windows(tower: nn.Module, depth: int) -> tuple[int, ...]:
+    """The blocks that attend in windows (Qwen2.5-VL), or all where none does."""
+    full = getattr(tower, "fullatt_block_indexes", range(depth))
+    return tuple(i for i in range(depth) if i not in full) or tuple(range(depth))
 
 
 def why_not_fused(tower: nn.Module, blocks: tuple[Block, ...]) -> str | None:
@@ -155,9 +163,6 @@ def _part(block: nn.Module, name: str) -> nn.Module:
 
 
 def _hint(module: nn.Module) -> str:
-    reason = _KNOWN_REASONS.get(type(module).__name__)
-    if reason is not None:
-        return reason
     inside = [name for name, part in module.named_modules() if name and _known(part)]
     if inside:
         return f"pass the vision tower in it, .{inside[0]}"
