@@ -1,5 +1,7 @@
 """The two ways in which attention takes the sizes of tokens, and what it may err by."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -25,6 +27,27 @@ def test_sizes_count(way, dtype, width, scale):
     exact = defined(q.double(), k.double(), v.double(), sizes.double().log(), scale)
     plain = defined(q, k, v, bias, scale)
     assert_within_budget(way(q, k, v, bias, scale), exact, plain, way.__name__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("width", "scale"), [(72, None), (20, 0.3)])
+@pytest.mark.parametrize("counted", [True, False])
+def test_sizes_count_in_packed_sequences(dtype, width, scale, counted):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 3, 50, width).to(dtype) for _ in range(3))
+    sizes = torch.randint(1, 200, (1, 50)) if counted else torch.ones(1, 50)
+    ends = torch.tensor([0, 9, 10, 50], dtype=torch.int32)
+
+    def each(q, k, v):
+        bias = sizes.to(torch.float64 if q.dtype == torch.float64 else torch.float32).log()
+        parts = [(*(y[:, :, a:b] for y in (q, k, v)), bias[:, a:b]) for a, b in pairwise(ends)]
+        return torch.cat([defined(*part, scale) for part in parts], dim=2)
+
+    with Proportional(sizes.log() if counted else None, (ends, 40)) as seen:
+        got = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    exact = each(q.double(), k.double(), v.double())
+    assert_within_budget(got, exact, each(q, k, v), "packed")
+    assert seen.keys[0] is k
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -332,6 +332,19 @@ def test_tokens_can_be_dropped_behind_a_merging_tower(family):
     assert tower.sizes.max() > 1
 
 
+@pytest.mark.skipif(patch_models.VERSION < (5, 18), reason="as for other towers: see docs/tome.md")
+@torch.no_grad()
+def test_a_compiled_tower_gives_the_same():
+    tower, inputs = made("qwen3_vl")
+    handle = tome.patch(tower, r=2)
+    want, sizes = everything(tower(**inputs)), handle.sizes
+    torch._dynamo.reset()
+    got = everything(torch.compile(tower, backend="eager")(**inputs))
+    assert torch.equal(handle.sizes, sizes)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_merger_that_is_called_by_itself_is_left_alone():
     tower, inputs = made("qwen3_vl")
     x = torch.randn(40, 32, dtype=torch.float64)
