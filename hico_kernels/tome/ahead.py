@@ -39,7 +39,7 @@ class Ahead:
         self.norm = Instead(block.norm, self._norm)
         self.attention = Instead(block.attention, self._answer)
         # Compiled attention would meet `Proportional` twice: while it is traced, and when it runs.
-        self._attend = torch.compiler.disable(self._attention)
+        self._attend_and_merge = torch.compiler.disable(self._attended_and_merged)
         self.block = Instead(block.module, self._run)
 
     def remove(self) -> None:
@@ -52,13 +52,8 @@ class Ahead:
         batch, r = self.enter(x, given)
         if not r and not batch.merged:
             return self.block.original(*args, **kwargs)
-        # The blocks of all known towers pass on what they are given; `Answer.give` checks that.
-        passed = self.attention.takes(batch.arguments(given))
-        out, key = self._attend(x, passed, batch.bias, batch.ends(given))
-        update, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
-        if r:
-            x, update = batch.merge(key, r, x, update)
-        answer = Answer(x, update if rest is None else (update, *rest), given)
+        x, update = self._attend_and_merge(x, given, batch, r)
+        answer = Answer(x, update, given)
         self.local.waiting = answer
         try:
             out = self.block.original(**{**given, name: x})
@@ -67,22 +62,25 @@ class Ahead:
         answer.check(self.block.module, out)
         return out
 
-    def _attention(
-        self,
-        x: Tensor,
-        passed: dict[str, Any],
-        bias: Tensor | None,
-        ends: tuple[Tensor, int] | None,
-    ) -> tuple[Any, Tensor]:
-        """What attention gives for the block's input, and its keys."""
-        with Proportional(bias, ends) as seen:
+    def _attended_and_merged(
+        self, x: Tensor, given: dict[str, Any], batch: Batch | Packed, r: int | list[int]
+    ) -> tuple[Tensor, Any]:
+        """What is left of the block's input, and what attention gives for it."""
+        # The blocks of all known towers pass on what they are given; `Answer.give` checks that.
+        passed = self.attention.takes(batch.arguments(given))
+        with Proportional(batch.bias, batch.ends(given)) as seen:
             out = self.attention.original(self.norm.module(x), **passed)
         if len(seen.keys) != 1:
             raise UnsupportedModel(
                 f"vision_tower: {type(self.attention.module).__name__} called torch's scaled_dot_"
                 f"product_attention, where merging looks at the keys, {len(seen.keys)} times, not 1"
             )
-        return out, seen.keys[0]
+        if not r:
+            return x, out
+        if not isinstance(out, tuple):
+            return tuple(batch.merge(seen.keys[0], r, x, out))
+        x, update = batch.merge(seen.keys[0], r, x, out[0])
+        return x, (update, *out[1:])
 
     def _norm(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         out = self.norm.original(*args, **kwargs)

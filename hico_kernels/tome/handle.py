@@ -4,6 +4,7 @@ import threading
 from functools import partial
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from hico_kernels.patch.families import UnsupportedModel
@@ -27,8 +28,10 @@ class Handle:
             )
         self.tower, self.parts, self.settings = tower, parts, settings
         self._local = threading.local()  # calls of two threads do not mix
+        # What is not traced: lengths of packed sequences are read from tensors.
+        enter = torch.compiler.disable(self._enter) if parts.unit else self._enter
         self._changes = [
-            Ahead(block, partial(self._enter, index), self._local)
+            Ahead(block, partial(enter, index), self._local)
             for index, block in enumerate(parts.blocks)
         ]
         self._changes.append(Pooling(tower, lambda: self._last))
