@@ -4,11 +4,12 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from hico_kernels import DropPlan
 from hico_model.config import Config, presets
 from hico_model.encoder import Encoder
 from hico_model.errors import UserError
@@ -16,6 +17,9 @@ from hico_model.llm import LanguageModel
 from hico_model.projector import Connector
 from hico_model.prompt import load_tokenizer, nano_tokenizer
 from hico_model.weights import initialise, load
+
+if TYPE_CHECKING:
+    from hico_model.patched import Patched
 
 IMAGE_SIZES = {"umt-large": 224, "umt-hd-large": 448}  # pixels, by mm_vision_tower
 LANGUAGE_FIELDS = {  # of Config, and their names in config.json
@@ -84,6 +88,12 @@ class VideoChatFlash(nn.Module):
         load(model, folder, device)  # last: it may take minutes
         model.weights, model.trained = str(folder), True
         return model if dtype is None else model.to(dtype)
+
+    def hico_patch(self, plan: DropPlan) -> "Patched":
+        """What `hico_kernels.patch` calls: answers drop by `plan` until `remove` on the result."""
+        from hico_model.patched import Patched
+
+        return Patched(self, plan)
 
     @property
     def device(self) -> torch.device:

@@ -36,7 +36,7 @@ class Processor:
 
 
 def test_every_family_has_an_example():
-    assert set(SECTIONS) == {family.name for family in FAMILIES.values()}
+    assert set(SECTIONS) == {family.name for family in FAMILIES.values()} | {"VideoChat-Flash"}
 
 
 @pytest.mark.skipif(tiny.VERSION < (5, 3), reason="token types came with 5.3")
@@ -57,4 +57,15 @@ def test_the_example_of_a_family_runs(kind, monkeypatch, capsys):
     ):
         monkeypatch.setattr(auto, "from_pretrained", lambda *args, made=made, **kwargs: made)
     exec(compile(code(SECTIONS[FAMILIES[kind].name]), "patching.md", "exec"), {})
+    assert "KV cache" in capsys.readouterr().out
+
+
+def test_the_example_of_our_own_model_runs(monkeypatch, capsys):
+    pytest.importorskip("av")
+    hico_model = pytest.importorskip("hico_model")
+    video = Path(hico_model.__file__).with_name("data") / "big_buck_bunny.mp4"
+    model = hico_model.VideoChatFlash(hico_model.presets["nano"])
+    monkeypatch.setattr(hico_model.VideoChatFlash, "from_pretrained", lambda folder: model)
+    example = code(SECTIONS["VideoChat-Flash"]).replace("holiday.mp4", str(video))
+    exec(compile(example, "patching.md", "exec"), {})
     assert "KV cache" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from torch import nn
 from hico_kernels.patch import presets
 from hico_kernels.patch.families import (
     UnsupportedModel,
+    has_own_plan,
     take_apart,
     why_not_packed,
     why_not_renumber,
@@ -55,18 +56,28 @@ def supports(model: nn.Module) -> dict[str, Any]:
     -> {"supported": bool, "reason": why not, or None}, and where supported "family", "layers" and
     the "positions" that a plan, and "rows" that `patch` may ask for.
     """
-    try:
-        parts = take_apart(model)
-    except UnsupportedModel as error:
-        return {"supported": False, "reason": str(error)}
-    renumber = why_not_renumber(parts) is None
+    if has_own_plan(model):
+        family, layers, renumber, rows = (
+            type(model).__name__,
+            model.config.num_layers,
+            True,
+            ["packed"],
+        )
+    else:
+        try:
+            parts = take_apart(model)
+        except UnsupportedModel as error:
+            return {"supported": False, "reason": str(error)}
+        family, layers = parts.family.name, len(parts.decoder.layers)
+        renumber = why_not_renumber(parts) is None
+        rows = ["padded"] if why_not_packed(parts) else ["padded", "packed"]
     return {
         "supported": True,
         "reason": None,
-        "family": parts.family.name,
-        "layers": len(parts.decoder.layers),
+        "family": family,
+        "layers": layers,
         "positions": ["keep", "renumber"] if renumber else ["keep"],
-        "rows": ["padded"] if why_not_packed(parts) else ["padded", "packed"],
+        "rows": rows,
     }
 
 

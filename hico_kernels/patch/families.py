@@ -46,8 +46,13 @@ FAMILIES = {
     ),
     "gemma3": Family("Gemma 3", ("gemma3_text",), visual=_IMAGES, images_see_ahead=True),
 }
+_OFFICIAL = (
+    "its own code drops tokens (config.llm_compress_type) and was written for transformers 4.39; "
+    "load the folder with hico_model.VideoChatFlash.from_pretrained and patch that"
+)
 _KNOWN_REASONS = {
-    "VideoChatFlash": "it drops tokens itself, by the plan that its answer() and prefill() take",
+    "VideoChatFlash": "it merges and drops by itself, and patch() with a DropPlan sets where",
+    "VideoChatFlashQwenForCausalLM": _OFFICIAL,  # of one checkpoint the model type is qwen2
     "gemma4": "its layers share keys and take per-layer embeddings, which dropping does not follow",
     "qwen3_5": "its linear-attention layers carry a state, which dropping does not follow",
 }
@@ -65,12 +70,18 @@ class Parts:
     decoder: nn.Module  # has the layers
 
 
+def has_own_plan(model: nn.Module) -> bool:
+    """Whether the model drops by a `DropPlan` of its own, as the one of `hico_model` does."""
+    return hasattr(type(model), "hico_patch")
+
+
 def take_apart(model: nn.Module) -> Parts:
     """The parts of a model; raises `UnsupportedModel` with the reason when it cannot be patched."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
-        known = kind if kind is not None else type(model).__name__
-        reason = _KNOWN_REASONS.get(known, f"the supported model types are {', '.join(FAMILIES)}")
+        names = (kind, *(base.__name__ for base in type(model).__mro__))
+        known = (_KNOWN_REASONS[name] for name in names if name in _KNOWN_REASONS)
+        reason = next(known, f"the supported model types are {', '.join(FAMILIES)}")
         raise UnsupportedModel(f"model: cannot patch {type(model).__name__} ({kind}): {reason}")
     family = FAMILIES[kind]
     inner = getattr(model, "model", None)  # 4.57 shows its decoder on the outside, too

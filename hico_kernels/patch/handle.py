@@ -17,6 +17,7 @@ from hico_kernels.patch.families import (
     PACKED,
     Parts,
     UnsupportedModel,
+    has_own_plan,
     take_apart,
     why_not_attention,
     why_not_packed,
@@ -46,6 +47,8 @@ def patch(model: nn.Module, plan: DropPlan | PreLLM, rows: Layout = "padded") ->
     the reason for any other, and for one that is patched already; `ValueError` for a plan that does
     not fit. Nothing but this instance is touched, no copy of its weights is made.
     """
+    if has_own_plan(model) and not isinstance(plan, PreLLM):
+        return model.hico_patch(plan)  # its sequences are always packed
     if isinstance(plan, PreLLM):
         from hico_kernels.patch.premerge import PreHandle  # a kind of `Handle`
 
