@@ -33,6 +33,8 @@ FAMILIES = {  # as in tests/patch_models.py, longest first where one name begins
     "smolvlm": "SmolVLM2",
     "glm4v": "GLM-4V",
     "gemma3": "Gemma 3",
+    "gemma4": "Gemma 4",
+    "qwen3_5": "Qwen3.5",
 }
 
 

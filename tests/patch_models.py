@@ -232,6 +232,74 @@ def _gemma3() -> Any:
     )
 
 
+def _gemma4(kinds: str, **more: Any) -> Any:
+    """kinds: s, a sliding window, or f, full attention, for every layer."""
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    vision = {
+        **TOWER,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 16,
+    }
+    config = text(
+        "gemma4_text",
+        sliding_window=20,
+        layer_types=[names[kind] for kind in kinds],
+        global_head_dim=16,
+        vocab_size_per_layer_input=VOCAB,
+        **more,
+    )
+    made = transformers.Gemma4Config(
+        text_config={**config, "num_hidden_layers": len(kinds)},
+        vision_config={"model_type": "gemma4_vision", **vision},
+        audio_config=None,
+        **IDS,
+    )
+    made._experts_implementation = "eager"  # the default takes no float64
+    return made
+
+
+def _gemma4_video(batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """3 frames of 4 x 4 patches; 2 x 2 of them are a token."""
+    at = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1)
+    return {
+        "pixel_values_videos": torch.rand(batch * 3, 16, 48, generator=generator),
+        "video_position_ids": at.flatten(0, 1).expand(batch * 3, -1, -1),
+        "num_frames_per_video": torch.full((batch,), 3),
+    }
+
+
+def _qwen3_5(kinds: str = "lfffl") -> Any:
+    """kinds: l, linear attention, or f, full attention, for every layer."""
+    vision = {
+        **TOWER,
+        "depth": 1,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "num_position_embeddings": 64,
+    }
+    names = {"l": "linear_attention", "f": "full_attention"}
+    config = text(
+        "qwen3_5_text",
+        layer_types=[names[kind] for kind in kinds],
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        **mrope([1, 1, 2], mrope_interleaved=True, partial_rotary_factor=1.0),
+    )
+    return transformers.Qwen3_5Config(
+        text_config={**config, "num_hidden_layers": len(kinds)},
+        vision_config=vision,
+        vision_start_token_id=START,
+        vision_end_token_id=93,
+        **IDS,
+    )
+
+
 FRAMES = (3, 3, 16, 16)
 MODELS = {
     "qwen2_vl": Tiny(_qwen2_vl, _patches(1, 2, 4, 6), 1, 12, kinds="mm_token_type_ids"),
@@ -253,9 +321,71 @@ MODELS = {
     "gemma3": Tiny(
         _gemma3, _frames("pixel_values", 3, 16, 16, flat=3), 3, 4, IMAGE, kinds="token_type_ids"
     ),
+    # The last two layers read the keys of the two before.
+    "gemma4": Tiny(
+        lambda: _gemma4("sfssfsf", hidden_size_per_layer_input=6, num_kv_shared_layers=2),
+        _gemma4_video,
+        3,
+        4,
+        kinds="mm_token_type_ids",
+    ),
+    "gemma4-experts": Tiny(
+        lambda: _gemma4(
+            "sfsf",
+            hidden_size_per_layer_input=0,
+            attention_k_eq_v=True,
+            num_global_key_value_heads=1,
+            use_bidirectional_attention="vision",
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=12,
+        ),
+        _gemma4_video,
+        3,
+        4,
+        kinds="mm_token_type_ids",
+    ),
+    "qwen3_5": Tiny(_qwen3_5, _patches(1, 2, 4, 6), 2, 6, kinds="mm_token_type_ids"),
 }
-if not hasattr(transformers, "VideoLlama3Config"):
-    del MODELS["video_llama_3"]
+if hasattr(transformers, "Qwen3_5Config"):
+    from transformers.models.qwen3_5 import modeling_qwen3_5
+
+    def _in_double(stock: Any) -> Any:
+        """The gated delta rule, token by token, for float64: `stock` computes in float32."""
+
+        def rule(query, key, value, g, beta, initial_state=None, **settings):
+            if query.dtype != torch.float64:
+                return stock(query, key, value, g, beta, initial_state=initial_state, **settings)
+            groups = value.shape[2] // key.shape[2]
+            query, key = (
+                torch.nn.functional.normalize(x, dim=-1, eps=1e-3).repeat_interleave(groups, 2)
+                for x in (query, key)
+            )
+            query, out = query * query.shape[-1] ** -0.5, torch.empty_like(value)
+            state = key.new_zeros(*value[:, 0].shape[:2], key.shape[-1], value.shape[-1])
+            state = state if initial_state is None else initial_state
+            for i in range(query.shape[1]):
+                q, k, v = (x[:, i, :, :, None] for x in (query, key, value))
+                state = state * g[:, i, :, None, None].exp()
+                change = v.mT - k.mT @ state
+                state = state + k * beta[:, i, :, None, None] * change
+                out[:, i] = (q.mT @ state)[:, :, 0]
+            return out, state
+
+        return rule
+
+    for _name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        setattr(modeling_qwen3_5, _name, _in_double(getattr(modeling_qwen3_5, _name)))
+NEEDS = {
+    "video_llama_3": "VideoLlama3Config",
+    "gemma4": "Gemma4Config",
+    "gemma4-experts": "Gemma4Config",
+    "qwen3_5": "Qwen3_5Config",
+}
+for _name, _config in NEEDS.items():
+    if not hasattr(transformers, _config):
+        del MODELS[_name]
 
 
 @cache

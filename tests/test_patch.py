@@ -6,6 +6,7 @@ import torch
 
 import hico_kernels
 from hico_kernels import DropPlan, TextTopK, Uniform
+from hico_kernels.patch.families import LINEAR, layer_kinds
 
 # Below the first layer too, three stages, ratios and a count. 12 or 13 visual tokens: 9, 6, 2.
 DEEP = DropPlan({0: Uniform(0.75), 1: TextTopK(0.5), 3: TextTopK(2)})
@@ -51,7 +52,9 @@ def test_text_guided_drops_keep_what_the_models_own_attention_looks_at(name):
     """Scores against the attention weights that the unpatched model reports."""
     model, inputs = tiny.model(name, torch.float32, "eager"), tiny.prompt(name, dtype=torch.float32)
     with torch.no_grad():
-        weights = model(**inputs, output_attentions=True).attentions[2]
+        weights = model(**inputs, output_attentions=True).attentions
+    kinds = layer_kinds(tiny.decoder(model))
+    weights = weights[2 - kinds[:2].count(LINEAR)]  # which has none
     visual = (inputs["input_ids"][0] == tiny.MODELS[name].token).nonzero()[:, 0]
     looks = weights[0, :, -1].mean(0)[visual]
     want = visual[looks.topk(5).indices].sort().values
@@ -95,7 +98,8 @@ def test_a_drop_after_the_last_deepstack_layer_and_one_before_it_agree_with_the_
 
 
 def test_keeping_everything_changes_no_bit():
-    for name in ("qwen2_vl", "qwen3_vl", "llava_onevision", "gemma3"):
+    names = ("qwen2_vl", "qwen3_vl", "llava_onevision", "gemma3", "gemma4", "qwen3_5")
+    for name in filter(tiny.MODELS.get, names):
         model, inputs = tiny.model(name), tiny.prompt(name, (0, 3))
         want = tiny.generate(model, inputs)
         with hico_kernels.compress(model, DropPlan({0: Uniform(1.0), 2: TextTopK(1.0)})) as handle:

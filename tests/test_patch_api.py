@@ -231,8 +231,6 @@ class VideoChatFlashQwenForCausalLM(nn.Module):
 
 
 REFUSED = {
-    "its layers share keys": lambda: bare("gemma4"),
-    "its linear-attention layers carry a state": lambda: bare("qwen3_5"),
     r"\(videochat_flash_qwen\): its own code drops .* hico_model.VideoChatFlash.from_pretrained": (
         lambda: VideoChatFlashQwenForCausalLM("videochat_flash_qwen")
     ),
@@ -247,7 +245,11 @@ REFUSED = {
     "it has layers of kind chunked_attention": (
         lambda: swapped(layer_types=["full_attention", "chunked_attention"] * 2)
     ),
-    r"its layer 0 \(Identity\) has no self_attn": lambda: swapped(layers=[nn.Identity()]),
+    r"its layer 0 \(Identity\) has no self_attn": lambda: swapped(layers=[nn.Identity()] * 4),
+    r"its layer 1 \(Qwen2DecoderLayer\) has no linear_attn": (
+        lambda: swapped(layer_types=["full_attention", "linear_attention"] * 2)
+    ),
+    "its attention is not causal": lambda: swapped(use_bidirectional_attention="all"),
 }
 
 

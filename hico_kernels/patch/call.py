@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hico_kernels.patch.clock import Clock
 from hico_kernels.patch.columns import Columns, layer_of
+from hico_kernels.patch.families import LINEAR, layer_kinds, reads_keys
 from hico_kernels.patch.masks import layer_mask, real_tokens
 from hico_kernels.patch.packed import PackedRows, has_packed, many_each, one_each, packed_layer
 from hico_kernels.patch.plan import DropPlan, Rule, Uniform
@@ -37,13 +38,18 @@ class Call:
     counts: list[dict[int, int]] = field(default_factory=list)  # per row: layer -> visual kept
     kept: dict[int, Rows | PackedRows] = field(default_factory=dict)  # what each drop left
     held: list[list[int]] = field(default_factory=list)  # layer -> rows of each sequence
+    last: list[int | None] = field(default_factory=list)  # layer -> only these last rows run in it
     over: bool = False  # the decoder has returned
     _rules: dict[int, Rule] = field(init=False)
+    _kinds: list[str] = field(init=False)
     _steps: dict[int, tuple[Rows | PackedRows | None, Tensor | None]] = field(default_factory=dict)
     _placed: tuple[Tensor, Tensor] | None = None  # renumbered tables of the layer before
     _once: dict[str, list[tuple[tuple, Any]]] = field(default_factory=dict)
+    # By kind of layer, what the last one with keys was told: mask and rotary tables.
+    _told: dict[str, tuple[Tensor | None, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._kinds = layer_kinds(self.decoder)
         self._rules = dict(self.plan.drops)  # torch.compile does not look into the plan's proxy
         if self.prompt is not None:
             frames = self.frames or [None] * self.batch
@@ -62,6 +68,7 @@ class Call:
         """The decoder has returned; gradient checkpointing may still run its layers again."""
         self.over = True
         self._once.clear()
+        self._told.clear()
         self._placed = None
 
     def before_layer(
@@ -74,6 +81,12 @@ class Call:
         cache = None if is_checkpointed(layer) else kwargs.get("past_key_values")
         packed = has_packed(cache, index)
         hidden = self._left(index, layer, hidden, kwargs[name], packed)
+        args = self._beside(args, hidden)
+        kind = self._kinds[index]
+        if kind == LINEAR:
+            return self._running(args, hidden, new)
+        if reads_keys(layer) and kind in self._told:
+            return self._like(self._told[kind], name, args, hidden, new)
         if packed or isinstance(self.rows, PackedRows):
             return self._packed(index, cache, hidden, name, args, new)
         store = layer_of(cache, index, self.rows is not None)
@@ -86,8 +99,50 @@ class Call:
             kwargs.get("attention_mask"), queries, shown, past, store, hidden
         )
         new[name] = self._embeddings(kwargs[name], columns, hidden)
+        self._told[kind] = new["attention_mask"], new[name]
         # Flash attention takes gaps in the positions for packed sequences. Not needed any more: the
         # rotary tables are gathered, the mask is made.
+        new["position_ids"] = None
+        return _with(hidden, args, new)
+
+    def _beside(self, args: tuple, hidden: Tensor) -> tuple:
+        """Positional arguments of a layer, with what Gemma 4 has beside the hidden states [B, q, D]
+        for the rows that are left.
+        """
+        beside = args[1] if len(args) > 1 else None
+        if beside is None or self.rows is None or hidden.shape[1] != len(self.rows):
+            return args
+        each = torch.arange(self.batch, device=beside.device)[:, None]
+        return (args[0], beside[each, self.rows.index], *args[2:])
+
+    def _running(
+        self, args: tuple, hidden: Tensor, new: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """New arguments for a layer whose state runs over the tokens: what is dropped is not there.
+
+        Places without a token are zeroed by its 2D mask, as padding is; in front they leave the
+        state alone.
+        """
+        if self.rows is None:
+            return None
+        left = self._remember("queries", (0,), lambda: self._queries(0, hidden.device))
+        new["attention_mask"] = None if left.full else left.valid
+        return _with(hidden, args, new)
+
+    def _like(
+        self,
+        told: tuple[Tensor | None, tuple[Tensor, Tensor]],
+        name: str,
+        args: tuple,
+        hidden: Tensor,
+        new: dict[str, Any],
+    ) -> tuple[tuple, dict[str, Any]]:
+        """New arguments for a layer that reads the keys of an earlier one: the columns are that
+        one's, and it may be asked for the last tokens only.
+        """
+        rows, (mask, (cos, sin)) = hidden.shape[1], told
+        new["attention_mask"] = None if mask is None else mask[..., -rows:, :]
+        new[name] = cos[..., -rows:, :], sin[..., -rows:, :]
         new["position_ids"] = None
         return _with(hidden, args, new)
 
@@ -135,6 +190,8 @@ class Call:
         Decided once: gradient checkpointing runs the layers again, the last one first.
         """
         if index not in self._steps:
+            whole = self.length if self.rows is None else len(self.rows)
+            self.last.append(hidden.shape[1] if hidden.shape[1] < whole else None)
             source, drops = None, index in self._rules and self.prompt is not None
             if self.packing is not None and self.rows is None and (drops or packed):
                 source = self._pack(hidden.device)
@@ -144,7 +201,7 @@ class Call:
                     left = self._drop(index, layer, given, embeddings)
                 source = left if source is None or left is None else source[left]
             self._steps[index] = (self.rows, source)
-            width = hidden.shape[1] if self.rows is None else len(self.rows)
+            width = self.length if self.rows is None else len(self.rows)
             packed = isinstance(self.rows, PackedRows)
             self.held.append(self.rows.counts if packed else [width] * self.batch)
         rows, source = self._steps[index]

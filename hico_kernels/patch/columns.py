@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -209,6 +210,13 @@ class DroppedStaticLayer(_Dropped, StaticLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
 
+# Layers without columns, of Qwen3.5 and Gemma 4: a state that runs over the tokens that are left;
+# nothing at all.
+_WITHOUT = {
+    getattr(cache_utils, name)
+    for name in ("LinearAttentionLayer", "DummyLayer")
+    if hasattr(cache_utils, name)
+}
 _DROPPED = {
     DynamicLayer: DroppedLayer,
     DynamicSlidingWindowLayer: DroppedSlidingLayer,
@@ -222,7 +230,7 @@ def check_cache(cache: object, packed: bool = False) -> None:
     """
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
-    kinds = {type(layer) for layer in cache.layers}
+    kinds = {type(layer) for layer in cache.layers} - _WITHOUT
     if cache.layer_class_to_replicate is not None:
         kinds.add(cache.layer_class_to_replicate)
     fine = {DynamicLayer: DroppedLayer} if packed else _DROPPED
@@ -233,7 +241,7 @@ def check_cache(cache: object, packed: bool = False) -> None:
         raise TypeError(
             f"past_key_values must be made of {allowed} to {how} tokens, got "
             f"{', '.join(sorted(wrong))} "
-            "(quantized, static sliding-window and linear-attention caches are not supported)"
+            "(quantized and static sliding-window caches are not supported)"
         )
 
 

@@ -25,7 +25,7 @@ class Family:
     decoder: str = "language_model"
     visual: Mapping[str, str] = field(default_factory=lambda: _PIXELS)  # input -> its placeholder
     multi_axis: bool = False  # rotary positions of time, height and width
-    images_see_ahead: bool = False  # attention within an image is not causal
+    one_by_one: str | None = None  # why sequences cannot run one behind the other
 
 
 _LLAVA_TEXT = ("qwen2", "qwen3", "llama", "mistral")
@@ -44,7 +44,21 @@ FAMILIES = {
         visual={"pixel_values": "image_token_id", "pixel_values_videos": "image_token_id"},
         multi_axis=True,
     ),
-    "gemma3": Family("Gemma 3", ("gemma3_text",), visual=_IMAGES, images_see_ahead=True),
+    "gemma3": Family(
+        "Gemma 3",
+        ("gemma3_text",),
+        visual=_IMAGES,
+        one_by_one="tokens of an image see each other in Gemma 3, ahead and back",
+    ),
+    "gemma4": Family(
+        "Gemma 4", ("gemma4_text",), one_by_one="layers of Gemma 4 share keys and take embeddings"
+    ),
+    "qwen3_5": Family(
+        "Qwen3.5",
+        ("qwen3_5_text",),
+        multi_axis=True,
+        one_by_one="linear attention of Qwen3.5 would run on from one sequence into the next",
+    ),
 }
 _OFFICIAL = (
     "its own code drops tokens (config.llm_compress_type) and was written for transformers 4.39; "
@@ -53,10 +67,9 @@ _OFFICIAL = (
 _KNOWN_REASONS = {
     "VideoChatFlash": "it merges and drops by itself, and patch() with a DropPlan sets where",
     "VideoChatFlashQwenForCausalLM": _OFFICIAL,  # of one checkpoint the model type is qwen2
-    "gemma4": "its layers share keys and take per-layer embeddings, which dropping does not follow",
-    "qwen3_5": "its linear-attention layers carry a state, which dropping does not follow",
 }
-_LAYER_KINDS = {"full_attention", "sliding_attention"}
+LINEAR = "linear_attention"  # a state that runs over the tokens; no keys, no positions
+_LAYER_KINDS = {"full_attention", "sliding_attention", LINEAR}
 PACKED = "hico_packed"  # stands in for sdpa in models patched with rows="packed"
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
@@ -102,10 +115,12 @@ def _why_not(family: Family, decoder: nn.Module) -> str | None:
     kinds = set(layer_kinds(decoder))
     if not kinds <= _LAYER_KINDS:
         return f"it has layers of kind {', '.join(sorted(kinds - _LAYER_KINDS))}"
-    for index, layer in enumerate(decoder.layers):
-        for part in ("self_attn", "input_layernorm"):
+    for index, (layer, kind) in enumerate(zip(decoder.layers, layer_kinds(decoder), strict=True)):
+        for part in ("linear_attn" if kind == LINEAR else "self_attn", "input_layernorm"):
             if not hasattr(layer, part):
                 return f"its layer {index} ({type(layer).__name__}) has no {part}"
+    if getattr(config, "use_bidirectional_attention", None) == "all":
+        return "its attention is not causal (use_bidirectional_attention='all')"
     return why_not_attention(decoder)
 
 
@@ -124,8 +139,8 @@ def why_not_packed(parts: Parts) -> str | None:
     attention = parts.decoder.config._attn_implementation
     if attention != "sdpa" and "flash" not in attention and attention != PACKED:
         return f"attn_implementation must be sdpa or flash attention, got {attention!r}"
-    if parts.family.images_see_ahead:
-        return f"tokens of an image see each other in {parts.family.name}, ahead and back"
+    if parts.family.one_by_one is not None:
+        return parts.family.one_by_one
     if "sliding_attention" in layer_kinds(parts.decoder):
         return "this model has sliding windows, which count original positions"
     return None
@@ -137,10 +152,45 @@ def why_not_renumber(parts: Parts) -> str | None:
         return f"{parts.family.name} has rotary positions of time, height and width"
     if "sliding_attention" in layer_kinds(parts.decoder):
         return "this model has sliding windows, which count original positions"
+    if hasattr(parts.decoder.rotary_emb, "layer_types"):
+        return f"{parts.family.name} has rotary positions for every kind of layer"
     return None
 
 
+def why_not_drop(decoder: nn.Module, layer: int, scored: bool) -> str | None:
+    """Why tokens cannot be dropped in that layer. scored: by what the text attends to there."""
+    last = last_drop(decoder)
+    if layer > last:
+        return (
+            f"the last layers read the keys of layer {last}, and would go on seeing what is "
+            f"dropped behind it: drop in layer {last} or before"
+        )
+    kinds = layer_kinds(decoder)
+    if scored and kinds[layer] == LINEAR:
+        others = ", ".join(str(i) for i, kind in enumerate(kinds) if kind != LINEAR)
+        return f"nothing attends to tokens in a layer of linear attention: score in one of {others}"
+    return None
+
+
+def last_drop(decoder: nn.Module) -> int:
+    """The last layer where tokens can be dropped.
+
+    Where layers read the keys of an earlier one, it is the first whose keys are read.
+    """
+    kinds, shared = layer_kinds(decoder), [reads_keys(layer) for layer in decoder.layers]
+    if not any(shared):
+        return len(kinds) - 1
+    first = shared.index(True)
+    last_of = {kind: index for index, kind in enumerate(kinds[:first])}
+    return min(last_of[kind] for kind in set(kinds[first:]))
+
+
+def reads_keys(layer: nn.Module) -> bool:
+    """Whether the layer has no keys of its own, but those of an earlier layer of its kind."""
+    return getattr(getattr(layer, "self_attn", None), "is_kv_shared_layer", False)
+
+
 def layer_kinds(decoder: nn.Module) -> list[str]:
-    """What each layer attends to: everything, or a sliding window."""
+    """What each layer attends to: everything, a sliding window, or a state of what came before."""
     kinds = getattr(decoder.config, "layer_types", None)
     return list(kinds) if kinds else ["full_attention"] * len(decoder.layers)

@@ -20,6 +20,7 @@ from hico_kernels.patch.families import (
     has_own_plan,
     take_apart,
     why_not_attention,
+    why_not_drop,
     why_not_packed,
     why_not_renumber,
 )
@@ -28,7 +29,7 @@ from hico_kernels.patch.loss import why_not_labels, with_loss
 from hico_kernels.patch.masks import real_tokens
 from hico_kernels.patch.packed import PackedRows, has_packed
 from hico_kernels.patch.places import places
-from hico_kernels.patch.plan import DropPlan
+from hico_kernels.patch.plan import DropPlan, Uniform
 from hico_kernels.patch.prellm import PreLLM
 from hico_kernels.patch.report import Report
 from hico_kernels.patch.rows import Prompt
@@ -166,6 +167,10 @@ class Handle:
         reason = why_not_renumber(self.parts)
         if plan.positions == "renumber" and reason is not None:
             raise ValueError(f"plan: positions must be 'keep', got 'renumber': {reason}")
+        for layer, rule in plan.drops.items():
+            reason = why_not_drop(self.parts.decoder, layer, not isinstance(rule, Uniform))
+            if reason is not None:
+                raise ValueError(f"drops[{layer}]: {type(rule).__name__} cannot be here: {reason}")
 
     def _check_rows(self) -> None:
         reason = why_not_packed(self.parts) if self.rows == "packed" else None
@@ -205,11 +210,19 @@ class Handle:
     def _after_inner(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._local.call = self._local.labels = self._local.answers = None
 
-    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_decoder(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         local = self._local
         if getattr(local, "call", None) is None:  # not called by the model around it
             announced, local.announced = getattr(local, "announced", None), None
             local.call = self._begin(_named(module, args, kwargs), *announced or (None, None))
+        answers = kwargs.get("logits_to_keep")  # Gemma 4's decoder is told
+        local.wanted = answers if local.call.drops and isinstance(answers, int) else 0
+        # Its layers that read keys run for the last tokens that came in, dropped or not.
+        if local.wanted > getattr(local.call.prompt, "num_behind", 0):
+            return args, {**kwargs, "logits_to_keep": 0}
+        return None
 
     def _begin(
         self, given: dict[str, Any], visual: Tensor | None, frames_of: list[int] | None
@@ -295,9 +308,12 @@ class Handle:
             return None
         self._local.left = call.rows
         call.finish()
-        if not isinstance(call.rows, PackedRows) or output is None:
+        packed, wanted = isinstance(call.rows, PackedRows), getattr(self._local, "wanted", 0)
+        if output is None or not (packed or wanted):
             return None
-        states = call.rows.padded(output[0][0])
+        states = call.rows.padded(output[0][0]) if packed else output[0]
+        # The model around it takes the last ones of as many states as it has tokens, not of fewer.
+        states = states[:, -wanted:]
         if isinstance(output, tuple):
             return (states, *output[1:])
         output.last_hidden_state = states

@@ -1,14 +1,17 @@
 """The definition that patched models are compared with: nothing is dropped, but from its drop layer
-on no token attends to a dropped one. No cache, no compaction; it shares only the set of kept tokens
-with what it checks.
+on no token attends to a dropped one. No cache; it shares only the set of kept tokens with what it
+checks. The state of a linear-attention layer takes all its tokens in, so there the definition is
+the layer itself, run over each sequence's kept tokens alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hico_kernels.patch.families import LINEAR, layer_kinds
 
 
 @contextmanager
@@ -29,7 +32,7 @@ def masked(
         stage = max((layer for layer in kept if layer <= index), default=None)
 
         def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-            if stage is None:
+            if stage is None or kinds[index] == LINEAR:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
             if kwargs.get("past_key_values") is not None:
@@ -44,15 +47,48 @@ def masked(
 
         return hook
 
+    kinds = layer_kinds(decoder)
     hooks = [
         layer.register_forward_pre_hook(before(index), with_kwargs=True)
         for index, layer in enumerate(decoder.layers)
     ]
+    # Gemma 4 would run its last layers for the last token only.
+    hooks.append(decoder.register_forward_pre_hook(_every_token, with_kwargs=True))
+    linear = [
+        (layer.linear_attn, kept[max(stages)])
+        for index, layer in enumerate(decoder.layers)
+        if kinds[index] == LINEAR and (stages := [stage for stage in kept if stage <= index])
+    ]
+    for mixer, rows in linear:
+        mixer.forward = _alone(mixer.forward, rows, length)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        for mixer, _ in linear:
+            del mixer.forward
+
+
+def _every_token(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+    return (args, {**kwargs, "logits_to_keep": 0}) if kwargs.get("logits_to_keep") else None
+
+
+def _alone(stock: Callable[..., Tensor], kept: Sequence[Tensor], length: int) -> Callable:
+    """`stock` for the tokens of each sequence that stay; zeros for the others."""
+
+    def forward(
+        hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: object
+    ) -> Tensor:
+        out = torch.zeros_like(hidden_states)
+        after = torch.arange(length, hidden_states.shape[1], device=hidden_states.device)
+        for row, own in enumerate(kept):
+            at, one = torch.cat([own, after]), slice(row, row + 1)
+            real = None if attention_mask is None else attention_mask[one, at]
+            out[row, at] = stock(hidden_states[one, at], attention_mask=real, **kwargs)[0]
+        return out
+
+    return forward
 
 
 def _allowed(given: Tensor | None, hidden: Tensor, kept: Sequence[Tensor], length: int) -> Tensor:

@@ -38,11 +38,14 @@ class Report:
             left = call.kept[layer].visual if layer in call.kept else left
             visual.append(list(left))
         whole = [[call.length] * call.batch] * len(call.held)
-        each = 2 * _kv_width(decoder) * decoder.dtype.itemsize
-        kv, kv_whole = (each * sum(map(sum, held)) for held in (call.held, whole))
+        kv, kv_whole = (
+            2 * decoder.dtype.itemsize * sum(map(_held, decoder.layers, held))
+            for held in (call.held, whole)
+        )
         scored = [layer for layer in call.kept if isinstance(plan.drops.get(layer), TextTopK)]
         before = [whole[0], *call.held]  # a drop scores what comes out of the layer before
-        flops = _flops(decoder, call.held) + sum(_scoring(decoder, before[n]) for n in scored)
+        flops = _flops(decoder, call.held, call.last)
+        flops += sum(_scoring(decoder, n, before[n]) for n in scored)
         return cls(
             [max(held) for held in call.held],
             visual,
@@ -50,7 +53,7 @@ class Report:
             kv,
             kv_whole - kv,
             flops,
-            _flops(decoder, whole) - flops,
+            _flops(decoder, whole, call.last) - flops,
             call.clock.milliseconds(),
         )
 
@@ -94,26 +97,49 @@ class Report:
         return "\n".join([*lines, *self._saved(), *([times] if times else [])])
 
 
-def _head_dim(decoder: nn.Module) -> int:
-    config = decoder.config
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _heads(decoder: nn.Module, layer: nn.Module) -> int:
+    """Width of the queries of a layer."""
+    return decoder.config.num_attention_heads * layer.self_attn.head_dim
 
 
-def _kv_width(decoder: nn.Module) -> int:
-    return decoder.config.num_key_value_heads * _head_dim(decoder)
+def _kv_width(layer: nn.Module) -> int:
+    """Of the keys that a layer makes: none in linear attention, or where an earlier one's serve."""
+    keys = getattr(getattr(layer, "self_attn", None), "k_proj", None)
+    return 0 if keys is None else keys.out_features
 
 
-def _flops(decoder: nn.Module, held: list[list[int]]) -> int:
-    """Of all layers, with held[l] rows of each sequence in layer l."""
-    width, total = decoder.config.num_attention_heads * _head_dim(decoder), 0
-    for layer, rows in zip(decoder.layers, held, strict=True):
-        macs = sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
-        total += 2 * macs * sum(rows) + 4 * width * sum(visible_pairs(n, n) for n in rows)
+def _held(layer: nn.Module, rows: list[int]) -> int:
+    return _kv_width(layer) * sum(rows)
+
+
+def _flops(decoder: nn.Module, held: list[list[int]], last: list[int | None]) -> int:
+    """Of all layers: layer l sees held[l] rows of each sequence, of which last[l] or all run."""
+    total = 0
+    for layer, seen, few in zip(decoder.layers, held, last, strict=True):
+        rows = seen if few is None else [few] * len(seen)
+        total += 2 * _macs(decoder, layer) * sum(rows)
+        if hasattr(layer, "self_attn"):
+            pairs = sum(visible_pairs(n, keys) for n, keys in zip(rows, seen, strict=True))
+            total += 4 * _heads(decoder, layer) * pairs
+        else:  # a state per head is read, updated and read, a row at a time
+            state = layer.linear_attn
+            size = state.num_v_heads * state.head_k_dim * state.head_v_dim
+            total += 6 * size * sum(rows)
     return total
 
 
-def _scoring(decoder: nn.Module, rows: list[int]) -> int:
+def _macs(decoder: nn.Module, layer: nn.Module) -> int:
+    """Multiply-adds of a row in the matrices of a layer; of experts, those that it is sent to."""
+    total = 0
+    for module in layer.modules():
+        own = sum(w.numel() for w in module.parameters(recurse=False) if w.dim() > 1)
+        experts = getattr(module, "num_experts", None)
+        total += own * decoder.config.top_k_experts // experts if experts else own
+    return total
+
+
+def _scoring(decoder: nn.Module, index: int, rows: list[int]) -> int:
     """Keys of all rows, one query, their products: `hico_kernels.flops.Decoder.scoring_flops`."""
-    hidden, query = decoder.config.hidden_size, decoder.config.num_attention_heads
-    query *= _head_dim(decoder)
-    return sum(2 * (hidden * _kv_width(decoder) * n + hidden * query + query * n) for n in rows)
+    layer, hidden = decoder.layers[index], decoder.config.hidden_size
+    query = _heads(decoder, layer)
+    return sum(2 * (hidden * _kv_width(layer) * n + hidden * query + query * n) for n in rows)

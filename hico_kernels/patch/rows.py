@@ -27,6 +27,7 @@ class Prompt:
     num_text: list[int]  # tokens that always stay: all but visual ones and padding in front
     num_heard: list[int]  # text that the asking token may attend to
     num_real: list[int]  # all tokens but padding
+    num_behind: int  # tokens behind the last visual one, in the sequence with the fewest
     padded: bool  # padding remains when that in front is gone
 
     @classmethod
@@ -52,6 +53,7 @@ class Prompt:
         at = torch.arange(length)
         lead = torch.where(ok.any(1), ok.long().argmax(1), length)
         end = torch.where(vis, at, 0).amax(1)  # the last visual token, or what follows it
+        behind = length - 1 - int(end.max())
         if labels is None:
             end = end.clamp(min=length - max(answers, 1))
         else:
@@ -69,6 +71,7 @@ class Prompt:
             (length - lead - num_visual).tolist(),
             (heard.sum(1) - num_visual).tolist(),
             ok.sum(1).tolist(),
+            behind,
             bool((ok.sum(1) != length - lead).any()),
         )
 

@@ -45,6 +45,7 @@ def attention_inputs(
         position_embeddings=embeddings,
         attention_mask=None,
         hico_seen=seen,
+        **({"shared_kv_states": {}} if hasattr(attention, "store_full_length_kv") else {}),
     )
     if compiling:
         attention.config = stock
