@@ -409,6 +409,8 @@ def fresh(
         for weight in made.parameters():
             if weight.dim() > 1:
                 weight.mul_(4)
+        table = made.get_input_embeddings().weight
+        table[0] = table[-1]  # zeros would stay zeros in every layer: padding that is unseen anyway
     return made.eval().to(dtype)
 
 

@@ -192,14 +192,7 @@ def test_flops_and_cache_of_gemma_4_by_hand():
 
 def mixed(kinds):
     """A Qwen3.5 with these layers."""
-    torch.manual_seed(0)
-    config = tiny.MODELS["qwen3_5"].config(kinds)
-    model = tiny.transformers.AutoModelForImageTextToText.from_config(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.mul_(4)
-    return model.eval().double()
+    return tiny.fresh("qwen3_5", kinds=kinds)
 
 
 @qwen3_5

@@ -88,6 +88,10 @@ class Handle:
             raise ValueError(f"rows must be 'padded' or 'packed', got {rows!r}")
         self._check(plan)
         self._check_rows()
+        # Gemma 4's decoder may give the states of the last tokens only.
+        self._counts_logits = (
+            "logits_to_keep" in inspect.signature(parts.decoder.forward).parameters
+        )
         self._local = threading.local()  # calls of two threads do not mix
         self._last: Call | None = None  # the last call with visual tokens, for the report
         self._swapped = rows == "packed" and parts.decoder.config._attn_implementation == "sdpa"
@@ -217,10 +221,10 @@ class Handle:
         if getattr(local, "call", None) is None:  # not called by the model around it
             announced, local.announced = getattr(local, "announced", None), None
             local.call = self._begin(_named(module, args, kwargs), *announced or (None, None))
-        answers = kwargs.get("logits_to_keep")  # Gemma 4's decoder is told
-        local.wanted = answers if local.call.drops and isinstance(answers, int) else 0
-        # Its layers that read keys run for the last tokens that came in, dropped or not.
-        if local.wanted > getattr(local.call.prompt, "num_behind", 0):
+        wanted = kwargs.get("logits_to_keep", 0) if self._counts_logits else 0
+        local.wanted, prompt = wanted if isinstance(wanted, int) else 0, local.call.prompt
+        # Layers that read keys would run for the last tokens that came in, dropped or not.
+        if prompt is not None and local.wanted > prompt.num_behind:
             return args, {**kwargs, "logits_to_keep": 0}
         return None
 
@@ -308,8 +312,8 @@ class Handle:
             return None
         self._local.left = call.rows
         call.finish()
-        packed, wanted = isinstance(call.rows, PackedRows), getattr(self._local, "wanted", 0)
-        if output is None or not (packed or wanted):
+        packed, wanted = isinstance(call.rows, PackedRows), self._local.wanted
+        if output is None or call.rows is None or not (packed or wanted):
             return None
         states = call.rows.padded(output[0][0]) if packed else output[0]
         # The model around it takes the last ones of as many states as it has tokens, not of fewer.
