@@ -7,13 +7,15 @@ import warnings
 import torch
 from torch import Tensor
 
-from hico_kernels import native, ops
+from hico_kernels import flash_backends, measured, native, ops
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda", "flash")
-_AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device -> implementations, best first
-_NAMESPACE = {"reference": ops.REFERENCE, "triton": ops.TRITON}  # of the others: ops.KERNELS
+# of the others: ops.KERNELS
+_NAMESPACE = {"reference": ops.REFERENCE, "triton": ops.TRITON, "flash": ops.FLASH}
+_DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda", "flash": "cuda"}
 _NARROW = frozenset({torch.float32, torch.bfloat16})
 _GPU = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_HALF = frozenset({torch.bfloat16, torch.float16})
 _ANY = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 # What exists: (operation, implementation) -> dtypes of its first tensor. The rest has none.
@@ -33,10 +35,13 @@ _DTYPES = {
     ("merge_tokens", "triton"): _GPU,
     ("ragged_attention", "cpu"): _NARROW,
     ("ragged_attention", "triton"): _GPU,
+    ("ragged_attention", "flash"): _HALF,
     ("ragged_attention_backward", "cpu"): _NARROW,
     ("ragged_attention_backward", "triton"): _GPU,
+    ("ragged_attention_backward", "flash"): _HALF,
     ("ragged_decode_attention", "cpu"): _NARROW,
     ("ragged_decode_attention", "triton"): _GPU,
+    ("ragged_decode_attention", "flash"): _HALF,
     ("select_topk", "cpu"): frozenset({torch.float32}),
     ("select_topk", "triton"): frozenset({torch.float32}),
     ("text_guided_scores", "cpu"): _NARROW,
@@ -66,6 +71,8 @@ def _not_loaded(operation: str, impl: str) -> str | None:
     """Why this installation has no such kernel."""
     if impl == "triton":
         return None if native.HAS_TRITON else "triton is not installed"
+    if impl == "flash":
+        return flash_backends.serving(operation)[1] or None
     module = f"_C_{impl}"
     if module in native.reasons:
         return f"hico_kernels.{module}: {native.reasons[module]}"
@@ -93,7 +100,7 @@ def why_not(operation: str, impl: str, *tensors: Tensor, device: str | None = No
         return reason
     devices = [x.device.type for x in tensors] + ([device] if device else [])
     interpreted = impl == "triton" and native.TRITON_INTERPRETED
-    wanted = "cpu" if impl == "cpu" else "cuda"
+    wanted = _DEVICE[impl]
     if wanted == "cuda" and not (devices or interpreted or torch.cuda.is_available()):
         return "torch sees no CUDA device here"
     for found in devices:
@@ -102,6 +109,8 @@ def why_not(operation: str, impl: str, *tensors: Tensor, device: str | None = No
     if tensors and tensors[0].dtype not in _DTYPES[operation, impl]:
         allowed = ", ".join(sorted(str(d).removeprefix("torch.") for d in _DTYPES[operation, impl]))
         return f"dtype must be one of {allowed}, got {tensors[0].dtype}"
+    if tensors and impl == "flash":
+        return flash_backends.serving(operation, *tensors)[1] or None
     return None
 
 
@@ -126,9 +135,16 @@ def backward_overload(operation: str, impl: str, *tensors: Tensor):
     return overload(operation, impl if own else "auto", *tensors)
 
 
+def _order(operation: str, device: str, tensors: tuple[Tensor, ...]) -> tuple[str, ...]:
+    """What "auto" tries on a device, in turn, before the reference."""
+    if device == "cuda":
+        return measured.order(operation, tensors[0].device.index if tensors else None)
+    return ("cpu",) if device == "cpu" else ()
+
+
 def _best(operation: str, device: str, tensors: tuple[Tensor, ...]) -> str:
     reasons = []
-    for impl in _AUTO.get(device, ()):
+    for impl in _order(operation, device, tensors):
         reason = why_not(operation, impl, *tensors, device=device)
         if reason is None:
             return impl

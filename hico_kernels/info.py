@@ -6,7 +6,7 @@ from importlib import metadata
 
 import torch
 
-from hico_kernels import native, ops
+from hico_kernels import measured, native, ops
 from hico_kernels.dispatch import IMPLEMENTATIONS, has_implementation, overload, why_not
 
 _PACKAGES = ("triton", "flash-attn", "transformers", "decord", "av", "numpy")
@@ -31,13 +31,17 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _auto(operation: str) -> str:
-    """What impl="auto" takes for a float32 tensor on every kind of device here."""
+    """What impl="auto" takes on every kind of device here for a float32 tensor, and on a GPU for
+    heads of bfloat16.
+    """
     taken = []
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         tensors = () if operation == "uniform_indices" else (torch.empty(0, device=device),)
+        if device == "cuda" and has_implementation(operation, "flash"):
+            tensors = (torch.empty(0, 1, 128, dtype=torch.bfloat16, device=device),)
         chosen = overload(operation, "auto", *tensors, device=device)
-        named = {ops.KERNELS: device, ops.REFERENCE: "reference", ops.TRITON: "triton"}
-        taken.append(named[chosen.namespace])
+        named = {ops.KERNELS: device, ops.REFERENCE: "reference"}
+        taken.append(named.get(chosen.namespace, chosen.namespace.removeprefix("hico_")))
     return " / ".join(taken)
 
 
@@ -62,7 +66,8 @@ def _operations() -> list[str]:
         rows.append(row.rstrip())
     head = f"  {'':<{width}}{'auto':<12}" + "".join(f"{impl:<11}" for impl in IMPLEMENTATIONS)
     notes = [f"  [{i}] {reason}" for i, reason in enumerate(reasons, 1)]
-    return [head.rstrip(), *rows, "  -   not in this version", *notes]
+    notes = ["  -   not in this version", *notes, f"  auto on a GPU: {measured.source(None)}"]
+    return [head.rstrip(), *rows, *notes]
 
 
 def lines() -> list[str]:

@@ -1,10 +1,11 @@
 """The op table: every schema and shape rule of hico_kernels on one page, without kernels.
 
-Each operation is declared three times with one schema and one fake: ``hico::name`` takes the
+Each operation is declared four times with one schema and one fake: ``hico::name`` takes the
 kernels of csrc/cpu (CPU) and csrc/cuda (CUDA), ``hico_reference::name`` the plain-torch definition
 from the operation's reference.py, on any device, ``hico_triton::name`` the Triton kernels of
-triton.py beside it. So all are opaque to torch.compile and traced by the same shape rule. Importing
-this needs only torch.
+triton.py beside it, ``hico_flash::name`` other packages' kernels by flash.py beside it, which only
+attention has. So all are opaque to torch.compile and traced by the same shape rule. Importing this
+needs only torch.
 
 Dimension letters: N clips, T tokens of a clip, K tokens kept, C channels; S packed rows, R text
 rows, H heads, Hkv key/value heads, D head width, B sequences.
@@ -17,7 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-KERNELS, REFERENCE, TRITON = NAMESPACES = "hico", "hico_reference", "hico_triton"
+KERNELS, REFERENCE, TRITON, FLASH = "hico", "hico_reference", "hico_triton", "hico_flash"
+NAMESPACES = KERNELS, REFERENCE, TRITON, FLASH
 SCHEMAS: dict[str, str] = {}  # operation -> schema without the name
 
 
@@ -39,10 +41,13 @@ def _op(schema: str) -> Callable:
 
 def register_reference(reference: Callable) -> Callable:
     """Make `<operation>_reference` the implementation of ``hico_reference::<operation>``, and
-    `<operation>` of triton.py in the same folder that of ``hico_triton::<operation>``.
+    `<operation>` of triton.py and flash.py in the same folder that of ``hico_triton::<operation>``
+    and ``hico_flash::<operation>``.
     """
     name = reference.__name__.removesuffix("_reference")
-    _register_triton(name, reference.__module__.removesuffix(".reference") + ".triton")
+    folder = reference.__module__.removesuffix(".reference")
+    _register_later(f"{TRITON}::{name}", f"{folder}.triton")
+    _register_later(f"{FLASH}::{name}", f"{folder}.flash")
 
     @functools.wraps(reference)
     def in_given_precision(*arguments):
@@ -57,11 +62,11 @@ def register_reference(reference: Callable) -> Callable:
     return reference
 
 
-def _register_triton(name: str, module: str) -> None:
+def _register_later(name: str, module: str) -> None:
     """`module` is imported by the first call: Triton costs a second, and may not be there."""
 
     def launch(*arguments):
-        run = getattr(importlib.import_module(module), name)
+        run = getattr(importlib.import_module(module), name.partition("::")[2])
         given = (x.device if isinstance(x, Tensor) else x for x in arguments)
         device = next(x for x in given if isinstance(x, torch.device))
         if device.type != "cuda":  # interpreted
@@ -69,7 +74,7 @@ def _register_triton(name: str, module: str) -> None:
         with torch.cuda.device(device):  # Triton launches on the current one
             return run(*arguments)
 
-    torch.library.impl(f"{TRITON}::{name}", "CompositeExplicitAutograd")(launch)
+    torch.library.impl(name, "CompositeExplicitAutograd")(launch)
 
 
 # --- merging

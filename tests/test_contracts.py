@@ -211,7 +211,18 @@ def test_a_cost_is_at_least_the_outputs_and_never_negative(spec):
 # --- what only a CUDA device can show -------------------------------------------------------------
 
 NO_CUDA = pytest.param(None, None, None, id="cuda", marks=pytest.mark.skip("needs a CUDA device"))
-ON_CUDA = [row for row in KERNELS if row.values[2] == "cuda"] or [NO_CUDA]
+FLASH = [
+    pytest.param(spec, "flash", "cuda", id=f"{spec.name}-flash-cuda")
+    for spec in SPECS.values()
+    if "cuda" in DEVICES
+    and "flash" in spec.implementations(next(iter(spec.samples("cuda", torch.bfloat16))))
+]
+ON_CUDA = [row for row in KERNELS if row.values[2] == "cuda"] + FLASH or [NO_CUDA]
+
+
+def usual(spec, impl, device):
+    dtype = torch.bfloat16 if impl == "flash" else torch.float32
+    return next(iter(spec.samples(device, dtype)))
 
 
 def floating(sample):
@@ -220,7 +231,7 @@ def floating(sample):
 
 @pytest.mark.parametrize(("spec", "impl", "device"), ON_CUDA)
 def test_a_captured_graph_replays_on_new_values(spec, impl, device):
-    sample = next(iter(spec.samples(device, torch.float32)))
+    sample = usual(spec, impl, device)
     spec.run(sample, impl)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -234,7 +245,7 @@ def test_a_captured_graph_replays_on_new_values(spec, impl, device):
 
 @pytest.mark.parametrize(("spec", "impl", "device"), ON_CUDA)
 def test_the_current_stream_is_used(spec, impl, device):
-    sample = next(iter(spec.samples(device, torch.float32)))
+    sample = usual(spec, impl, device)
     expected, values = spec.run(sample, impl), [x.clone() for x in floating(sample)]
     for x in floating(sample):
         x.zero_()

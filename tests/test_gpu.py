@@ -4,22 +4,30 @@ import pytest
 import torch
 
 import hico_kernels as hk
-from hico_kernels import dispatch
+from hico_kernels import dispatch, flash_backends
 from hico_kernels.testing import SPECS, assert_same_bits, cu_seqlens, promises
 
 CUDA = torch.cuda.is_available()
+BIG = [pytest.mark.large, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
 NONE = pytest.param(None, None, id="cuda", marks=pytest.mark.skip("needs a CUDA device"))
+IMPLEMENTATIONS = ("triton", "cuda", "flash")
+
+
+def usual(spec, impl, device="cuda"):
+    return next(iter(spec.samples(device, precision(impl))))
+
+
+def precision(impl):
+    return torch.bfloat16 if impl == "flash" else torch.float32
+
+
 ROWS = [
     pytest.param(spec, impl, id=f"{spec.name}-{impl}-cuda")
     for spec in SPECS.values()
-    for impl in ("triton", "cuda")
-    if CUDA and impl in spec.implementations(next(iter(spec.samples("cuda", torch.float32))))
+    for impl in IMPLEMENTATIONS
+    if CUDA and impl in spec.implementations(usual(spec, impl))
 ] or [NONE]
 PUBLIC = [row for row in ROWS if not str(row.id).split("-")[0].endswith("_backward")] or [NONE]
-
-
-def usual(spec, dtype=torch.float32):
-    return next(iter(spec.samples("cuda", dtype)))
 
 
 def same(actual, expected, name):
@@ -38,7 +46,7 @@ def test_a_thousand_runs_give_the_same_bits(spec, impl):
 
 @pytest.mark.parametrize(("spec", "impl"), ROWS)
 def test_every_element_is_written_whatever_was_in_memory(spec, impl):
-    for sample in spec.samples("cuda", torch.float32):
+    for sample in spec.samples("cuda", precision(impl)):
         if impl not in spec.implementations(sample):
             continue
         results = []
@@ -51,7 +59,7 @@ def test_every_element_is_written_whatever_was_in_memory(spec, impl):
 
 @pytest.mark.parametrize(("spec", "impl"), ROWS)
 def test_nothing_waits_for_the_device(spec, impl):
-    sample = usual(spec)
+    sample = usual(spec, impl)
     spec.run(sample, impl)  # loads and compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -62,7 +70,7 @@ def test_nothing_waits_for_the_device(spec, impl):
 
 @pytest.mark.parametrize(("spec", "impl"), PUBLIC)
 def test_one_graph_of_torch_compile_has_the_operation(spec, impl):
-    sample = usual(spec)
+    sample = usual(spec, impl)
     torch._dynamo.reset()
     fast = torch.compile(
         lambda *args: spec.public(*args, **sample.kwargs, impl=impl), fullgraph=True
@@ -76,22 +84,21 @@ def test_one_graph_of_torch_compile_has_the_operation(spec, impl):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize(("spec", "impl"), ROWS)
 def test_the_device_of_the_tensors_is_used_and_not_the_current_one(spec, impl):
-    other = next(iter(spec.samples("cuda:1", torch.float32)))
-    expected = spec.run(usual(spec), impl)
+    other = usual(spec, impl, "cuda:1")
+    expected = spec.run(usual(spec, impl), impl)
     same([x.cpu() for x in spec.run(other, impl)], [x.cpu() for x in expected], spec.name)
 
 
-# --- more than 2^31 elements ----------------------------------------------------------------------
-
-BIG = [pytest.mark.large, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
+def each(operation, marks):
+    """Every implementation of an operation that a GPU has, for a test of that name."""
+    impls = [impl for impl in IMPLEMENTATIONS if dispatch.has_implementation(operation, impl)]
+    return pytest.mark.parametrize(
+        "impl", [pytest.param(x, id=f"{operation}-{x}-cuda", marks=marks) for x in impls]
+    )
 
 
 def big(operation):
-    """Every implementation of an operation that a GPU has, for a test of that name."""
-    impls = [impl for impl in ("triton", "cuda") if dispatch.has_implementation(operation, impl)]
-    return pytest.mark.parametrize(
-        "impl", [pytest.param(x, id=f"{operation}-{x}-cuda", marks=BIG) for x in impls]
-    )
+    return each(operation, BIG)
 
 
 def normal(*shape):
@@ -101,6 +108,46 @@ def normal(*shape):
 def runs(operation, impl):
     if reason := hk.why_not(operation, impl):
         pytest.skip(reason)
+
+
+@each("ragged_attention", BIG[1:])
+def test_nan_of_one_sequence_reaches_no_other(impl):
+    """Not through a tile that holds the end of one and the start of the next either."""
+    runs("ragged_attention", impl)
+    lengths = [100, 37, 200]
+    q, k, v = (normal(sum(lengths), heads, 64) for heads in (4, 2, 2))
+    cu = cu_seqlens(lengths, "cuda")
+    expected = hk.ragged_attention(q, k, v, cu, cu, 200, 200, impl=impl)
+    for x in (q, k, v):
+        x[100:137] = torch.nan
+    out = hk.ragged_attention(q, k, v, cu, cu, 200, 200, impl=impl)
+    assert_same_bits(out[:100], expected[:100], "the sequence before")
+    assert_same_bits(out[137:], expected[137:], "the sequence behind")
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("name", flash_backends.BACKENDS, ids="ragged_attention-{}-cuda".format)
+def test_every_flash_package_here_keeps_the_error_budget(name, monkeypatch):
+    """Also the ones that are not the first choice."""
+    kept = {name: flash_backends.BACKENDS[name]}
+    monkeypatch.setattr(flash_backends, "BACKENDS", kept)
+    flash_backends._known.cache_clear()
+    try:
+        if reason := hk.why_not("ragged_attention", "flash"):
+            pytest.skip(reason)
+        checked = 0
+        for operation in flash_backends.OPERATIONS:
+            spec = SPECS[operation]
+            for sample in spec.samples("cuda", torch.bfloat16):
+                if "flash" in spec.implementations(sample):
+                    promises.right_numbers(spec, sample, lambda s, spec=spec: spec.run(s, "flash"))
+                    checked += 1
+        assert checked
+    finally:
+        flash_backends._known.cache_clear()
+
+
+# --- more than 2^31 elements ----------------------------------------------------------------------
 
 
 @big("merge_tokens")

@@ -14,7 +14,8 @@ class RaggedAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_q, cu_k, rest: tuple, impl: str):  # noqa: D102
         *numbers, key_bias = rest
         cu_k = cu_q if cu_k is None else cu_k
-        run = overload("ragged_attention", impl, q, k, v)
+        bias = () if key_bias is None else (key_bias,)  # not every implementation takes one
+        run = overload("ragged_attention", impl, q, k, v, *bias)
         out, lse = run(q, k, v, cu_q, cu_k, *numbers, key_bias)
         ctx.numbers, ctx.impl = numbers, impl
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, key_bias)
@@ -25,6 +26,7 @@ class RaggedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, _):  # noqa: D102
         q, k, v, out, lse, cu_q, cu_k, key_bias = ctx.saved_tensors
-        run = backward_overload("ragged_attention_backward", ctx.impl, grad, q, k, v)
+        bias = () if key_bias is None else (key_bias,)
+        run = backward_overload("ragged_attention_backward", ctx.impl, grad, q, k, v, *bias)
         grads = run(grad, q, k, v, out, lse, cu_q, cu_k, *ctx.numbers, key_bias)
         return (*grads, None, None, None, None)

@@ -99,7 +99,8 @@ def _ragged_attention_backward(
     grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale,
     key_bias=None, *, impl="auto",
 ):  # fmt: skip
-    run = dispatch.overload("ragged_attention_backward", impl, grad, q, k, v)
+    bias = () if key_bias is None else (key_bias,)
+    run = dispatch.overload("ragged_attention_backward", impl, grad, q, k, v, *bias)
     ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return run(grad, q, k, v, out, lse, *ends, causal, scale, key_bias)
 
