@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from bench import results
-from hico_kernels import native
+from hico_kernels import measured, native
 
 THREADS = sorted({1, os.cpu_count() or 1})  # what CPU benchmarks run with
 
@@ -72,7 +72,8 @@ def flush_l2() -> None:
 def machine(device: str) -> dict:
     """What must be known about this machine to read a result."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    return {
+    capability = {"capability": measured.capability(None)} if device == "cuda" else {}
+    return capability | {
         "device": results.device_name(device),
         "type": device,
         "torch": torch.__version__,

@@ -2,6 +2,7 @@
 
 README's part between the markers follows from the files in bench/results and the cost model; so do
 the pictures docs/cost-*.svg and those of a device, and build/report.html, one page with all of it.
+hico_kernels/measured.json (order.py) follows from the same files.
 """
 
 import sys
@@ -9,8 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import results
+from bench import order, results
 from bench.results import OURS, Name
+from hico_kernels import measured
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench: written by `make report` -->", "<!-- /bench -->"
@@ -234,8 +236,10 @@ def main() -> int:
         return 1
     readme = ROOT / "README.md"
     readme.write_text(with_part(readme.read_text(), readme_part()))
+    measured.FILE.write_text(order.text())
     written = [
         readme,
+        measured.FILE,
         *pictures.draw(ROOT / "docs"),
         page.write(ROOT / "build" / "report.html", ROOT / "docs"),
     ]

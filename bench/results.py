@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hico_kernels import why_not
+
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).with_name("results")
 SHORT = {
@@ -32,7 +34,8 @@ SHORT = {
     torch.int64: "i64",
 }
 OURS = ("hico", "patched")  # what stands for us in comparisons
-ALSO_OURS = ("packed",)  # kept, but neither ours in comparisons nor a rival
+BY_NAME = ("triton", "cuda", "flash")  # "hico" is the one of them that "auto" takes on a GPU
+ALSO_OURS = ("packed", *BY_NAME)  # kept, but neither ours in comparisons nor a rival
 
 
 class Name(NamedTuple):
@@ -66,6 +69,16 @@ class Name(NamedTuple):
 def short(dtype: torch.dtype) -> str:
     """A dtype in the name of a benchmark."""
     return SHORT[dtype]
+
+
+def by_name(operation: str) -> list[str]:
+    """Implementations of an operation that are measured under their own names: on a GPU those that
+    can run, where there are several; bench/order.py compares them.
+    """
+    if not torch.cuda.is_available():
+        return []
+    impls = [impl for impl in BY_NAME if why_not(operation, impl, device="cuda") is None]
+    return impls if len(impls) > 1 else []
 
 
 def device_name(device: str) -> str:
@@ -113,6 +126,8 @@ def compact(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "versions": {"torch": machine["torch"], "python": platform.python_version()},
         "limits": machine["limits"],
     }
+    if "capability" in machine:
+        head["capability"] = machine["capability"]
     kinds: dict[str, list[dict[str, Any]]] = {"ops": [], "tables": []}
     for line in run["benchmarks"]:
         entry = {"name": line["name"]}

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bench import alternatives
-from bench.results import short
-from hico_kernels import ragged_attention, ragged_decode_attention
+from bench.results import BY_NAME, by_name, short
+from hico_kernels import ragged_attention, ragged_decode_attention, why_not
 from hico_kernels.testing.shapes import LLMS, cu_seqlens
 
 S = LLMS["qwen2_64frames"]
@@ -13,7 +13,16 @@ CLOSE = {torch.float32: {"atol": 1e-5, "rtol": 1e-4}, torch.bfloat16: {"atol": 2
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 
 
-@pytest.mark.parametrize("impl", ["hico", "sdpa_each"])
+def auto_or(impl, operation, *tensors):
+    """What our side of a benchmark asks for: an implementation by its name, else "auto"."""
+    if impl not in BY_NAME:
+        return "auto"
+    if reason := why_not(operation, impl, *tensors):
+        pytest.skip(reason)
+    return impl
+
+
+@pytest.mark.parametrize("impl", ["hico", "sdpa_each", *by_name("ragged_attention")])
 @DTYPES
 @pytest.mark.parametrize("lengths", [(512, 1024, 2048, 4096)], ids=["ragged4"])
 def test_ragged_attention(measure, device, threads, benchmark, lengths, dtype, impl):
@@ -21,15 +30,16 @@ def test_ragged_attention(measure, device, threads, benchmark, lengths, dtype, i
     rows, longest, cu = sum(lengths), max(lengths), cu_seqlens(lengths, device)
     q = torch.randn(rows, S.heads, S.head_width, device=device, dtype=dtype)
     k, v = torch.randn(2, rows, S.kv_heads, S.head_width, device=device, dtype=dtype).unbind()
-    ours = lambda: ragged_attention(q, k, v, cu, cu, longest, longest)  # noqa: E731
+    own = auto_or(impl, "ragged_attention", q, k, v)
+    ours = lambda: ragged_attention(q, k, v, cu, cu, longest, longest, impl=own)  # noqa: E731
     theirs = lambda: alternatives.sdpa_each(q, k, v, lengths)  # noqa: E731
     torch.testing.assert_close(ours(), theirs(), **CLOSE[dtype])
     flops = sum(2 * n * n * S.heads * S.head_width for n in lengths)  # half of the square
-    run = ours if impl == "hico" else theirs
+    run = theirs if impl.startswith("sdpa") else ours
     measure(run, dtype=dtype, bytes_=2 * q.nbytes + k.nbytes + v.nbytes, flops=flops, rounds=5)
 
 
-@pytest.mark.parametrize("impl", ["hico", "sdpa_folded"])
+@pytest.mark.parametrize("impl", ["hico", "sdpa_folded", *by_name("ragged_decode_attention")])
 @DTYPES
 def test_ragged_decode_attention(measure, device, threads, benchmark, dtype, impl):
     benchmark.group = f"ragged_decode_attention-64k-{short(dtype)}"
@@ -37,9 +47,10 @@ def test_ragged_decode_attention(measure, device, threads, benchmark, dtype, imp
     q = torch.randn(1, S.heads, S.head_width, device=device, dtype=dtype)
     k, v = torch.randn(2, 1, n, S.kv_heads, S.head_width, device=device, dtype=dtype).unbind()
     lengths = torch.full((1,), n, dtype=torch.int32, device=device)
-    ours = lambda: ragged_decode_attention(q, k, v, lengths)  # noqa: E731
+    own = auto_or(impl, "ragged_decode_attention", q, k, v)
+    ours = lambda: ragged_decode_attention(q, k, v, lengths, impl=own)  # noqa: E731
     theirs = lambda: alternatives.sdpa_decode(q, k, v)  # noqa: E731
     torch.testing.assert_close(ours(), theirs(), **CLOSE[dtype])
-    run = ours if impl == "hico" else theirs
+    run = theirs if impl.startswith("sdpa") else ours
     flops = 4 * q.numel() * n
     measure(run, dtype=dtype, bytes_=k.nbytes + v.nbytes, flops=flops)

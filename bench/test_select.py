@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench import alternatives
+from bench.results import by_name
 from hico_kernels import gather_tokens, select_topk, text_guided_scores, uniform_indices
 from hico_kernels.testing.shapes import LLMS, cu_seqlens
 
@@ -61,7 +62,9 @@ def test_uniform_indices(measure, device, threads, benchmark, video, impl):
     measure(run, dtype=torch.float32)  # the output stays in a cache: no floor by memory
 
 
-@pytest.mark.parametrize("impl", ["hico", "index_select", "index_select_out"])
+@pytest.mark.parametrize(
+    "impl", ["hico", "index_select", "index_select_out", *by_name("gather_tokens")]
+)
 @pytest.mark.parametrize("video", ["qwen2_1000frames"])  # more than fits into a cache
 def test_gather_tokens(measure, device, threads, benchmark, video, impl):
     s = LLMS[video]
@@ -73,6 +76,6 @@ def test_gather_tokens(measure, device, threads, benchmark, video, impl):
         "hico": lambda: gather_tokens(x, index),
         "index_select": lambda: x.index_select(0, index),
         "index_select_out": lambda: torch.index_select(x, 0, index, out=out),
-    }[impl]
+    }.get(impl, lambda: gather_tokens(x, index, impl=impl))
     assert torch.equal(run(), x[index])
     measure(run, dtype=x.dtype, bytes_=2 * out.nbytes + index.nbytes)
