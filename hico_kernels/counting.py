@@ -64,7 +64,7 @@ def _ragged_decode_attention(q, k_cache, v_cache, kv_lengths, scale, **_) -> int
     return 4 * q.shape[1] * q.shape[2] * seen
 
 
-def _text_guided_scores(q, k, cu_q, cu_k, scale, **_) -> int:
+def _text_guided_scores(q, k, cu_q, cu_k, *_, **__) -> int:
     if _values(cu_q) is None or _values(cu_k) is None:
         pairs = q.shape[0] * k.shape[0] // (cu_q.shape[0] - 1)
     else:
@@ -88,6 +88,7 @@ FORMULAS: dict[str, Callable[..., int]] = {  # by operation; the others multiply
     "merge_tokens": _merge_tokens,
     "bipartite_soft_matching": _bipartite_soft_matching,
     "text_guided_scores": _text_guided_scores,
+    "text_guided_scores_rotary": _text_guided_scores,
     "ragged_attention": _ragged_attention,
     "ragged_attention_backward": _ragged_attention_backward,
     "ragged_decode_attention": _ragged_decode_attention,

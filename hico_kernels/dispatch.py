@@ -46,6 +46,8 @@ _DTYPES = {
     ("select_topk", "triton"): frozenset({torch.float32}),
     ("text_guided_scores", "cpu"): _NARROW,
     ("text_guided_scores", "triton"): _GPU,
+    ("text_guided_scores_rotary", "cpu"): _NARROW,
+    ("text_guided_scores_rotary", "triton"): _GPU,
     ("uniform_indices", "cpu"): _ANY,
     ("uniform_indices", "triton"): _ANY,
 }

@@ -1,11 +1,11 @@
 """The op table: every schema and shape rule of hico_kernels on one page, without kernels.
 
 Each operation is declared four times with one schema and one fake: ``hico::name`` takes the
-kernels of csrc/cpu (CPU) and csrc/cuda (CUDA), ``hico_reference::name`` the plain-torch definition
-from the operation's reference.py, on any device, ``hico_triton::name`` the Triton kernels of
-triton.py beside it, ``hico_flash::name`` other packages' kernels by flash.py beside it, which only
-attention has. So all are opaque to torch.compile and traced by the same shape rule. Importing this
-needs only torch.
+kernels of csrc/cpu (CPU; a few are made of others, in cpu.py) and csrc/cuda (CUDA),
+``hico_reference::name`` the plain-torch definition from the operation's reference.py, on any
+device, ``hico_triton::name`` the Triton kernels of triton.py beside it, ``hico_flash::name`` other
+packages' kernels by flash.py beside it, which only attention has. So all are opaque to
+torch.compile and traced by the same shape rule. Importing this needs only torch.
 
 Dimension letters: N clips, T tokens of a clip, K tokens kept, C channels; S packed rows, R text
 rows, H heads, Hkv key/value heads, D head width, B sequences.
@@ -60,6 +60,23 @@ def register_reference(reference: Callable) -> Callable:
 
     torch.library.impl(f"{REFERENCE}::{name}", "CompositeExplicitAutograd")(in_given_precision)
     return reference
+
+
+def register_cpu(composition: Callable) -> Callable:
+    """Make `<operation>_cpu`, plain torch around kernels of csrc/cpu, the implementation of
+    ``hico::<operation>`` on the CPU.
+    """
+    name = composition.__name__.removesuffix("_cpu")
+
+    @functools.wraps(composition)
+    def in_given_precision(*arguments):
+        if not torch.is_autocast_enabled("cpu"):
+            return composition(*arguments)
+        with torch.autocast("cpu", enabled=False):
+            return composition(*arguments)
+
+    torch.library.impl(f"{KERNELS}::{name}", "CPU")(in_given_precision)
+    return composition
 
 
 def _register_later(name: str, module: str) -> None:
@@ -134,6 +151,23 @@ def text_guided_scores(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
 ) -> Tensor:
     """q [R, H, D], k [S, Hkv, D] -> [S]."""
+    return k.new_empty(k.shape[0], dtype=_score_dtype(q))
+
+
+@_op(
+    "(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, Tensor cos,"
+    " Tensor sin) -> Tensor"
+)
+def text_guided_scores_rotary(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """The same for keys without rotary positions: cos and sin [S, D]."""
     return k.new_empty(k.shape[0], dtype=_score_dtype(q))
 
 

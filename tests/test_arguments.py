@@ -103,6 +103,14 @@ SELECT = {
     "ValueError: cu_seqlens_q must be [B+1], so at least [0], got shape (0,)": (
         lambda: score(cu_q=CU[:0])
     ),
+    "TypeError: sin must be a tensor [S, D], got NoneType": lambda: score(cos=K[:, 0]),
+    "ValueError: cos must be (5, 8), got (4, 8)": lambda: score(cos=K[1:, 0], sin=K[:, 0]),
+    "ValueError: sin must be on the device of k, cpu, got meta": (
+        lambda: score(cos=K[:, 0], sin=K[:, 0].to("meta"))
+    ),
+    "ValueError: k must have an even head width to be rotated, got 7": (
+        lambda: score(Q[..., 1:], K[..., 1:], cos=K[:, 0, 1:], sin=K[:, 0, 1:])
+    ),
     "TypeError: scores must be float32 or float64, got torch.bfloat16": (
         lambda: topk(SCORES.bfloat16())
     ),

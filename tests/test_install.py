@@ -28,6 +28,8 @@ merge_apply(Tensor x, Tensor assignment, SymInt num_tokens, Tensor? sizes) -> (T
 merge_backward(Tensor grad, Tensor assignment, Tensor merged_sizes, Tensor? sizes) -> Tensor
 text_guided_scores(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale)
     -> Tensor
+text_guided_scores_rotary(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+    float scale, Tensor cos, Tensor sin) -> Tensor
 select_topk(Tensor scores, Tensor cu_seqlens, SymInt[] keep) -> Tensor
 uniform_indices(SymInt num_tokens, SymInt keep, Device device) -> Tensor
 gather_tokens(Tensor x, Tensor index) -> Tensor

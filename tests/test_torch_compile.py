@@ -94,6 +94,15 @@ def score_calls(_):
         yield q, k, cu_seqlens(rows), cu_seqlens(keys)
 
 
+def score_rotary_calls(_):
+    for q, k, *ends in score_calls(None):
+        yield q, k, *ends, normal(k.shape[0], 16), normal(k.shape[0], 16) + 1
+
+
+def score_rotary(q, k, cu_q, cu_k, cos, sin):
+    return hk.text_guided_scores(q, k, cu_q, cu_k, cos=cos, sin=sin)
+
+
 def topk_calls(_):
     for lengths in ((11, 5, 7), (13, 4, 9), (9, 30, 6)):  # a batch has one size: `keep` is a list
         yield normal(sum(lengths)), cu_seqlens(lengths), [n // 2 for n in lengths]
@@ -114,6 +123,7 @@ FUNCTIONS = {
     "biased_attention": (biased_attention, biased_calls),
     "cross_attention": (cross_attention, cross_calls),
     "text_guided_scores": (hk.text_guided_scores, score_calls),
+    "score_rotary": (score_rotary, score_rotary_calls),
     "select_topk": (hk.select_topk, topk_calls),
     "uniform_indices": (hk.uniform_indices, lambda _: ((10, 5), (20, 7), (30, 9))),
     "ragged_decode_attention": (hk.ragged_decode_attention, decode_calls),

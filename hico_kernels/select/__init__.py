@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hico_kernels import checks
 from hico_kernels.dispatch import overload
+from hico_kernels.select import cpu as _cpu  # noqa: F401  registers what is made of other kernels
 from hico_kernels.select import reference as _reference  # noqa: F401  registers the references
 from hico_kernels.select.autograd import GatherTokens
 
@@ -20,6 +21,8 @@ def text_guided_scores(
     cu_seqlens_k: Tensor,
     *,
     scale: float | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """How much the text attends to every key: softmax over all keys of the sequence, mean over
@@ -30,6 +33,11 @@ def text_guided_scores(
     float64). The scores of a sequence sum to 1; they are 0 where it has no text row. scale:
     1/sqrt(D) when None. Not differentiable. VideoChat-Flash, arXiv 2501.00574, section 3.1. impl:
     as in `merge_tokens`.
+
+    cos and sin [S, D], of any floating dtype: given, k has no RoPE yet and gets it while it is
+    read, k * cos + rotate_half(k) * sin with rotate_half(x) = [-x[D/2:], x[:D/2]] as in Qwen2 and
+    Llama, in float32 (float64 for float64) and rounded once to the dtype of k. q has RoPE applied
+    all the same.
     """
     checks.tensor("q", q, "[R, H, D]")
     checks.tensor("k", k, "[S, Hkv, D]")
@@ -39,8 +47,23 @@ def text_guided_scores(
     checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
     checks.same_batch("cu_seqlens_k", cu_seqlens_k, "cu_seqlens_q", cu_seqlens_q)
     scale = checks.scale_of(q, scale)
-    run = overload("text_guided_scores", impl, q, k, cu_seqlens_q, cu_seqlens_k)
-    return run(q.detach(), k.detach(), cu_seqlens_q, cu_seqlens_k, scale)
+    arguments = q.detach(), k.detach(), cu_seqlens_q, cu_seqlens_k, scale
+    if cos is None and sin is None:
+        return overload("text_guided_scores", impl, q, k, cu_seqlens_q, cu_seqlens_k)(*arguments)
+    _check_tables(k, cos, sin)
+    run = overload("text_guided_scores_rotary", impl, q, k, cu_seqlens_q, cu_seqlens_k, cos, sin)
+    return run(*arguments, cos.detach(), sin.detach())
+
+
+def _check_tables(k: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+    """Rotary tables of the keys."""
+    if k.shape[2] % 2:
+        raise ValueError(f"k must have an even head width to be rotated, got {k.shape[2]}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        checks.tensor(name, table, "[S, D]")
+        checks.same(name, table, "k", k, dtype=False)
+        if table.shape != k.shape[::2]:
+            raise ValueError(f"{name} must be {tuple(k.shape[::2])}, got {tuple(table.shape)}")
 
 
 def select_topk(

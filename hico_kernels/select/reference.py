@@ -28,6 +28,32 @@ def text_guided_scores_reference(
     return scores
 
 
+def _rotated(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """k [S, Hkv, D] turned by cos and sin [S, D]: channel d pairs with d + D/2, as in Qwen2 and
+    Llama. Rounded once.
+    """
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    low, high = k.to(wide).chunk(2, dim=-1)
+    cos, sin = cos.to(wide)[:, None], sin.to(wide)[:, None]
+    turned = torch.cat([low, high], dim=-1) * cos + torch.cat([-high, low], dim=-1) * sin
+    return turned.to(k.dtype)
+
+
+@register_reference
+def text_guided_scores_rotary_reference(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """Rotate the keys, then score."""
+    k = _rotated(k, cos, sin)
+    return text_guided_scores_reference(q, k, cu_seqlens_q, cu_seqlens_k, scale)
+
+
 @register_reference
 def select_topk_reference(scores: Tensor, cu_seqlens: Tensor, keep: list[int]) -> Tensor:
     """The `keep[b]` largest scores of each sequence, as ascending rows."""

@@ -5,7 +5,7 @@ from hico_kernels.select.triton_gather import (
     gather_tokens_backward,
     uniform_indices,
 )
-from hico_kernels.select.triton_scores import text_guided_scores
+from hico_kernels.select.triton_scores import text_guided_scores, text_guided_scores_rotary
 from hico_kernels.select.triton_topk import select_topk
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "gather_tokens_backward",
     "select_topk",
     "text_guided_scores",
+    "text_guided_scores_rotary",
     "uniform_indices",
 ]

@@ -4,7 +4,7 @@ Keys are the rows of every product and the query rows of a whole group its colum
 once for all heads that share it. Pass 1: programs take chunks of keys and a key head, and leave the
 top and the sum of every query row; a small launch makes one of each. Pass 2: weights, summed over
 rows and heads. For few query rows pass 1 keeps the logits, which are smaller than the keys, and
-pass 2 reads those. Sums run in a fixed order.
+pass 2 reads those. Sums run in a fixed order. Keys without RoPE are turned as they are loaded.
 """
 
 import torch
@@ -35,22 +35,37 @@ def load_queries(
 
 @triton.jit
 def load_keys(
-    k_ptr, start, n, length, group, part, k_row, k_head, k_column,
-    D: tl.constexpr, PART: tl.constexpr,
+    k_ptr, cos_ptr, sin_ptr, start, n, length, group, part,
+    k_row, k_head, k_column, cos_row, cos_column, sin_row, sin_column,
+    ROTARY: tl.constexpr, D: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Keys [N, PART] of a group, from column `part` on; zeros outside of the sequence."""
+    """Keys [N, PART] of a group, from column `part` on; zeros outside of the sequence. ROTARY:
+    turned, column d with d + D/2, and rounded to their dtype again.
+    """
     d = part + tl.arange(0, PART)
-    at = (start + n)[:, None] * k_row + d.to(tl.int64)[None, :] * k_column
-    at += tl.cast(group, tl.int64) * k_head
-    return tl.load(k_ptr + at, mask=(n < length)[:, None] & (d < D)[None, :], other=0)
+    row = (start + n)[:, None]
+    wanted = (n < length)[:, None] & (d < D)[None, :]
+    at = row * k_row + tl.cast(group, tl.int64) * k_head
+    k = tl.load(k_ptr + at + d.to(tl.int64)[None, :] * k_column, mask=wanted, other=0)
+    if ROTARY:
+        pair = (d + D // 2) % D  # a remainder, not a choice: the loads stay wide
+        other = tl.load(k_ptr + at + pair.to(tl.int64)[None, :] * k_column, mask=wanted, other=0)
+        d = d.to(tl.int64)[None, :]
+        cos = tl.load(cos_ptr + row * cos_row + d * cos_column, mask=wanted, other=0)
+        sin = tl.load(sin_ptr + row * sin_row + d * sin_column, mask=wanted, other=0)
+        turn = tl.where(d < D // 2, -sin.to(tl.float32), sin.to(tl.float32))
+        k = (k.to(tl.float32) * cos.to(tl.float32) + other.to(tl.float32) * turn).to(k.dtype)
+    return k
 
 
 @triton.jit(do_not_specialize=["sequences", "rows", "keys", "kept"])
 def partial_kernel(
-    q_ptr, k_ptr, cu_q_ptr, cu_k_ptr, top_ptr, sum_ptr, logits_ptr, sequences, rows, keys, kept,
-    scale, q_row, q_head, q_column, k_row, k_head, k_column, cu_q_step, cu_k_step,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, cu_q_ptr, cu_k_ptr, top_ptr, sum_ptr, logits_ptr,
+    sequences, rows, keys, kept, scale, q_row, q_head, q_column, k_row, k_head, k_column,
+    cos_row, cos_column, sin_row, sin_column, cu_q_step, cu_k_step,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, KEEP: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, ROTARY: tl.constexpr, CHUNK: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Pass 1: top and sum of exp2(logit - top) of a chunk, and the logits of few rows.
 
@@ -76,7 +91,10 @@ def partial_kernel(
             total = tl.zeros([N, M], tl.float32)
             for at in range(begin, end, N):
                 n = at + tl.arange(0, N)
-                k = load_keys(k_ptr, k_start, n, length, g, 0, k_row, k_head, k_column, D, PART)
+                k = load_keys(
+                    k_ptr, cos_ptr, sin_ptr, k_start, n, length, g, 0, k_row, k_head, k_column,
+                    cos_row, cos_column, sin_row, sin_column, ROTARY, D, PART,
+                )  # fmt: skip
                 logits = dot(k, q, tl.zeros([N, M], tl.float32))
                 for part in tl.static_range(PART, BLOCK_D, PART):
                     more = load_queries(
@@ -84,8 +102,9 @@ def partial_kernel(
                         SHARE, D, M, PART,
                     )  # fmt: skip
                     k = load_keys(
-                        k_ptr, k_start, n, length, g, part, k_row, k_head, k_column, D, PART
-                    )
+                        k_ptr, cos_ptr, sin_ptr, k_start, n, length, g, part, k_row, k_head,
+                        k_column, cos_row, cos_column, sin_row, sin_column, ROTARY, D, PART,
+                    )  # fmt: skip
                     logits = dot(k, more, logits)
                 logits *= scale
                 if KEEP:
@@ -139,10 +158,11 @@ def combine_kernel(
 
 @triton.jit(do_not_specialize=["sequences", "rows", "keys", "kept"])
 def weights_kernel(
-    q_ptr, k_ptr, cu_q_ptr, cu_k_ptr, shift_ptr, share_ptr, scores_ptr, sequences, rows, keys, kept,
-    scale, q_row, q_head, q_column, k_row, k_head, k_column, cu_q_step, cu_k_step,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, cu_q_ptr, cu_k_ptr, shift_ptr, share_ptr, scores_ptr,
+    sequences, rows, keys, kept, scale, q_row, q_head, q_column, k_row, k_head, k_column,
+    cos_row, cos_column, sin_row, sin_column, cu_q_step, cu_k_step,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
     """Pass 2 from the keys, of the sequences whose logits were not kept.
 
@@ -166,7 +186,10 @@ def weights_kernel(
                     q_ptr, q_start, first, count, g, part, q_row, q_head, q_column,
                     SHARE, D, M, PART,
                 )  # fmt: skip
-                k = load_keys(k_ptr, k_start, n, length, g, part, k_row, k_head, k_column, D, PART)
+                k = load_keys(
+                    k_ptr, cos_ptr, sin_ptr, k_start, n, length, g, part, k_row, k_head, k_column,
+                    cos_row, cos_column, sin_row, sin_column, ROTARY, D, PART,
+                )  # fmt: skip
                 logits = dot(k, q, logits)
             m = first + tl.arange(0, M)
             place = (q_start + m // SHARE) * H + g * SHARE + m % SHARE
@@ -204,21 +227,47 @@ def kept_weights_kernel(
         tl.store(scores_ptr + k_start + n, scores, mask=n < length)
 
 
-def tiles_of(q: Tensor, groups: int, sequences: int) -> dict[str, int]:
+def tiles_of(q: Tensor, groups: int, sequences: int, rotary: bool) -> dict[str, int]:
     """Sizes of a product: keys N, query rows M, width, and how much of it is added up at once."""
     rows = triton.cdiv(q.shape[0], max(sequences, 1)) * (q.shape[1] // groups)
     width = max(triton.next_power_of_2(q.shape[2]), 16)
     m = max(triton.next_power_of_2(rows), 16)
     if q.dtype == torch.float32:  # no tensor cores: what is multiplied lies in registers
         return {"BLOCK_D": width, "PART": min(width, 32), "M": 16, "N": 32}
-    m = min(m, 64)
-    return {"BLOCK_D": width, "PART": width, "M": m, "N": 64 if width > 128 or m > 32 else 128}
+    m = min(m, 32 if rotary and width > 128 else 64)
+    few = rotary or width > 128 or m > 32  # rotary: four tiles are loaded to make one
+    part = 64 if rotary and width > 128 else width
+    return {"BLOCK_D": width, "PART": part, "M": m, "N": 64 if few else 128}
 
 
 def text_guided_scores(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
 ) -> Tensor:
     """q [R, H, D], k [S, G, D], cu_seqlens [B+1] -> [S] float32."""
+    return _scores(q, k, cu_seqlens_q, cu_seqlens_k, scale)
+
+
+def text_guided_scores_rotary(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """The same with cos and sin [S, D] for k."""
+    return _scores(q, k, cu_seqlens_q, cu_seqlens_k, scale, (cos, sin))
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    tables: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     (rows, heads, width), (keys, groups) = q.shape, k.shape[:2]
     sequences = cu_seqlens_q.shape[0] - 1
     scores = k.new_empty(keys, dtype=torch.float32)
@@ -227,10 +276,11 @@ def text_guided_scores(
     if not rows or not sequences:
         return scores.zero_()
     shape = {"H": heads, "G": groups}
-    tiles = tiles_of(q, groups, sequences)
+    tiles = tiles_of(q, groups, sequences, tables is not None) | {"ROTARY": tables is not None}
+    stages = 2 if q.dtype == torch.float32 else 3
     options = {
         "num_warps": 4 if q.dtype == torch.float32 else 8,
-        "num_stages": 2 if q.dtype == torch.float32 else 3,
+        "num_stages": 1 if tables and width > 128 else stages,  # else more than a program may have
         "enable_fp_fusion": True,
     }
     average = triton.cdiv(rows, sequences)
@@ -239,11 +289,12 @@ def text_guided_scores(
     parts = scores.new_empty(2, keys // _CHUNK + 1, rows, heads)
     whole = scores.new_empty(2, rows, heads)
     ends, steps = (cu_seqlens_q, cu_seqlens_k), (cu_seqlens_q.stride(0), cu_seqlens_k.stride(0))
-    strides = *q.stride(), *k.stride(), *steps
+    cos, sin = tables or (k, k)  # not read without ROTARY
+    strides = *q.stride(), *k.stride(), *cos.stride()[:2], *sin.stride()[:2], *steps
     sizes = sequences, rows, keys
     block_h = triton.next_power_of_2(heads)
     partial_kernel[(slots(keys, sequences, _CHUNK), groups)](
-        q, k, *ends, *parts, logits, *sizes, kept, scale * _LOG2E, *strides,
+        q, k, cos, sin, *ends, *parts, logits, *sizes, kept, scale * _LOG2E, *strides,
         **shape, D=width, **tiles, CHUNK=_CHUNK, KEEP=kept > 0, **options,
     )  # fmt: skip
     combine_kernel[(rows,)](
@@ -258,7 +309,7 @@ def text_guided_scores(
         )  # fmt: skip
     if kept < rows:
         weights_kernel[programs](
-            q, k, *ends, *whole, scores, *sizes, kept, scale * _LOG2E, *strides,
+            q, k, cos, sin, *ends, *whole, scores, *sizes, kept, scale * _LOG2E, *strides,
             **shape, D=width, **tiles, **options,
         )  # fmt: skip
     return scores

@@ -45,6 +45,14 @@ def _text_guided_scores(dtype: torch.dtype) -> Iterator[tuple]:
         yield (q, k, cu_seqlens([rows]), cu_seqlens([keys])), {}
 
 
+def _text_guided_scores_rotary(dtype: torch.dtype) -> Iterator[tuple]:
+    wide = _empty(100, 8, 256, dtype=dtype), _empty(4096, 4, 256, dtype=dtype)
+    calls = [args for args, _ in _text_guided_scores(dtype)]
+    for q, k, *ends in (*calls, (*wide, *calls[-1][2:])):
+        tables = (_empty(k.shape[0], k.shape[2], dtype=dtype) for _ in range(2))
+        yield (q, k, *ends, *tables), {}
+
+
 def _select_topk(dtype: torch.dtype) -> Iterator[tuple]:
     for lengths in ([160000], [1000, 500]):
         keep = [n // 2 for n in lengths]

@@ -87,6 +87,13 @@ def text_guided_scores(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, _) -> C
     return Cost(_size(q, k, cu_q, cu_k) + score * k.shape[0], 2 * heads * width * products)
 
 
+@_cost_of("text_guided_scores_rotary")
+def text_guided_scores_rotary(q, k, cu_q, cu_k, scale, cos, sin) -> Cost:
+    """The same, and both tables in; four operations turn a number."""
+    scored = text_guided_scores(q, k, cu_q, cu_k, scale)
+    return Cost(scored.bytes + _size(cos, sin), scored.flops + 4 * k.numel())
+
+
 @_cost_of("select_topk")
 def select_topk(scores: Tensor, cu_seqlens: Tensor, keep: list[int]) -> Cost:
     """Scores in, rows out."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import hico_kernels as hk
 from hico_kernels import checks, dispatch, ops
-from hico_kernels.testing import attention_samples, samples
+from hico_kernels.testing import attention_samples, fused_samples, samples
 from hico_kernels.testing.cost import COSTS, Cost
 from hico_kernels.testing.samples import Sample, Samples
 
@@ -105,7 +105,14 @@ def _ragged_attention_backward(
     return run(grad, q, k, v, out, lse, *ends, causal, scale, key_bias)
 
 
-_s, _a = samples, attention_samples
+def _text_guided_scores_rotary(
+    q, k, cu_seqlens_q, cu_seqlens_k, cos, sin, *, scale=None, impl="auto"
+):
+    ends = cu_seqlens_q, cu_seqlens_k
+    return hk.text_guided_scores(q, k, *ends, scale=scale, cos=cos, sin=sin, impl=impl)
+
+
+_s, _f, _a = samples, fused_samples, attention_samples
 SPECS = {
     spec.name: spec
     for spec in (
@@ -114,6 +121,9 @@ SPECS = {
         OpSpec("merge_apply", _merge_apply, _s.merge_apply, ("x",)),
         OpSpec("merge_backward", _merge_backward, _s.merge_backward),
         OpSpec("text_guided_scores", hk.text_guided_scores, _s.text_guided_scores),
+        OpSpec(
+            "text_guided_scores_rotary", _text_guided_scores_rotary, _f.text_guided_scores_rotary
+        ),
         OpSpec("select_topk", hk.select_topk, _s.select_topk, dtypes=(FLOATS[0], FLOATS[3])),
         OpSpec("uniform_indices", hk.uniform_indices, _s.uniform_indices, dtypes=FLOATS[:1]),
         OpSpec("gather_tokens", hk.gather_tokens, _s.gather_tokens, ("x",)),

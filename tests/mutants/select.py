@@ -107,6 +107,28 @@ on_changed("text_guided_scores", "one_softmax_for_all", one_sequence)
 on_result("text_guided_scores", "in_the_dtype_of_q", lambda y, q, *_: y.to(q.dtype))
 
 
+def turned_the_other_way(q, k, cu_q, cu_k, scale, cos, sin):
+    return q, k, cu_q, cu_k, scale, cos, -sin
+
+
+def neighbours_paired(q, k, cu_q, cu_k, scale, cos, sin):
+    k, cos, sin = (x.unflatten(-1, (-1, 2)).mT.flatten(-2) for x in (k, cos, sin))
+    return q.unflatten(-1, (-1, 2)).mT.flatten(-2), k, cu_q, cu_k, scale, cos, sin
+
+
+def one_half_for_both(q, k, cu_q, cu_k, scale, cos, sin):
+    cos, sin = (x[:, : x.shape[1] // 2].repeat(1, 2) for x in (cos, sin))
+    return q, k, cu_q, cu_k, scale, cos, sin
+
+
+def previous_row(q, k, cu_q, cu_k, scale, cos, sin):
+    return q, k, cu_q, cu_k, scale, cos.roll(1, 0), sin.roll(1, 0)
+
+
+for _slip in (turned_the_other_way, neighbours_paired, one_half_for_both, previous_row):
+    on_changed("text_guided_scores_rotary", _slip.__name__, _slip)
+
+
 def one_further(x, index):
     return x, (index + 1) % max(len(x), 1)
 

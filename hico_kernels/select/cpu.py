@@ -1,0 +1,32 @@
+"""Operations that on the CPU are plain torch around a kernel of csrc/cpu."""
+
+import torch
+from torch import Tensor
+
+from hico_kernels.ops import register_cpu
+
+_AT_ONCE = 1 << 18  # numbers that are turned at once: in cache as float32
+
+
+@register_cpu
+def text_guided_scores_rotary_cpu(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """Turned keys are written once and read once more."""
+    turned = torch.empty_like(k, memory_format=torch.contiguous_format)
+    rows = max(_AT_ONCE // max(k[:1].numel(), 1), 1)
+    half = k.shape[2] // 2
+    for to, *parts in zip(*(x.split(rows) for x in (turned, k, cos, sin)), strict=True):
+        x, c, s = (part.float() for part in parts)
+        y = x * c[:, None]
+        y[..., :half].addcmul_(x[..., half:], s[:, None, :half], value=-1)
+        y[..., half:].addcmul_(x[..., :half], s[:, None, half:])
+        to.copy_(y)
+    score = torch.ops.hico.text_guided_scores.default
+    return score(q, turned, cu_seqlens_q, cu_seqlens_k, scale)
