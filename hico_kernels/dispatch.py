@@ -20,6 +20,8 @@ _ANY = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 # What exists: (operation, implementation) -> dtypes of its first tensor. The rest has none.
 _DTYPES = {
+    ("gather_many", "cpu"): _ANY,
+    ("gather_many", "triton"): _ANY,
     ("gather_tokens", "cpu"): _ANY,
     ("gather_tokens", "cuda"): _ANY,
     ("gather_tokens", "triton"): _ANY,

@@ -189,6 +189,17 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x.new_empty(index.shape[0], x.shape[1])
 
 
+@_op("(Tensor x, Tensor index, Tensor[] more, Tensor? cu_seqlens) -> Tensor[]")
+def gather_many(
+    x: Tensor, index: Tensor, more: list[Tensor], cu_seqlens: Tensor | None
+) -> list[Tensor]:
+    """x and each of more [S, ...] -> [M, ...]; and cu_seqlens [B+1] -> int32 [B+1]."""
+    rows = [t.new_empty(index.shape[0], *t.shape[1:]) for t in (x, *more)]
+    if cu_seqlens is not None:
+        rows.append(cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32))
+    return rows
+
+
 @_op("(Tensor grad, Tensor index, SymInt num_rows) -> Tensor")
 def gather_tokens_backward(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
     """Grad [M, C], index [M] -> [S, C]."""

@@ -131,6 +131,24 @@ SELECT = {
     "TypeError: num_tokens must be an int, got 5.0": lambda: hk.uniform_indices(5.0, 2),
     "TypeError: index must be int64, got torch.int32": lambda: hk.gather_tokens(X[0], CU),
     "ValueError: x must be [S, C], got shape (2, 9, 8)": lambda: hk.gather_tokens(X, CU.long()),
+    "ValueError: more[1] must be [9, ...], got shape (8,)": (
+        lambda: hk.gather_tokens(X[0], CU.long(), X[0], X[0, 0])
+    ),
+    "ValueError: more[0] must be [9, ...], got shape ()": (
+        lambda: hk.gather_tokens(X[0], CU.long(), X[0, 0, 0])
+    ),
+    "TypeError: more[0] must be a tensor [S, ...], got list": (
+        lambda: hk.gather_tokens(X[0], CU.long(), [1])
+    ),
+    "TypeError: more[0] must be real, got torch.complex64": (
+        lambda: hk.gather_tokens(X[0], CU.long(), X[0].cfloat())
+    ),
+    "ValueError: more[0] must be on the device of x, cpu, got meta": (
+        lambda: hk.gather_tokens(X[0], CU.long(), X[0].to("meta"))
+    ),
+    "TypeError: cu_seqlens must be int32 or int64, got torch.float32": (
+        lambda: hk.gather_tokens(X[0], CU.long(), cu_seqlens=SCORES)
+    ),
     "ValueError: index must be on the device of x, meta, got cpu": (
         lambda: hk.gather_tokens(X[0].to("meta"), CU.long())
     ),
@@ -203,6 +221,31 @@ def ends_cases():
             ),
         }.items():
             yield pytest.param(operation, call, text, id=f"{operation}-{name}")
+
+
+def bounds_cases():
+    x, rising = torch.zeros(5, 2), torch.tensor([0, 3])
+    for name, ends in ENDS.items():
+        yield pytest.param(
+            "gather_many",
+            lambda impl, cu=ends: hk.gather_tokens(
+                x, rising, cu_seqlens=torch.tensor(cu), impl=impl
+            ),
+            "cu_seqlens must rise from 0 to 5",
+            id=f"gather_many-{name}",
+        )
+    for name, index, text in (
+        ("falls", [3, 0], "index must not fall"),
+        ("outside", [0, 5], "index out of range"),
+    ):
+        yield pytest.param(
+            "gather_many",
+            lambda impl, rows=index: hk.gather_tokens(
+                x, torch.tensor(rows), x, cu_seqlens=CU, impl=impl
+            ),
+            text,
+            id=f"gather_many-index_{name}",
+        )
 
 
 def index_cases():
@@ -278,7 +321,8 @@ def count_cases():
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize(
-    ("operation", "call", "message"), [*ends_cases(), *index_cases(), *count_cases()]
+    ("operation", "call", "message"),
+    [*ends_cases(), *bounds_cases(), *index_cases(), *count_cases()],
 )
 def test_data_out_of_range_is_an_error_not_a_read(operation, call, message, impl):
     if hk.why_not(operation, impl, X):

@@ -33,6 +33,7 @@ text_guided_scores_rotary(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seq
 select_topk(Tensor scores, Tensor cu_seqlens, SymInt[] keep) -> Tensor
 uniform_indices(SymInt num_tokens, SymInt keep, Device device) -> Tensor
 gather_tokens(Tensor x, Tensor index) -> Tensor
+gather_many(Tensor x, Tensor index, Tensor[] more, Tensor? cu_seqlens) -> Tensor[]
 gather_tokens_backward(Tensor grad, Tensor index, SymInt num_rows) -> Tensor
 ragged_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
     SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, Tensor? key_bias)

@@ -65,6 +65,23 @@ def gather_calls(gradient):
         yield normal(rows, 7, gradient=gradient), torch.tensor(index)
 
 
+def many_calls(gradient):
+    for rows, index in ((10, [1, 2]), (20, [3, 3, 7]), (30, [1, 1, 2, 9])):
+        tables = normal(rows, 5, gradient=gradient)
+        ends = torch.tensor([0, 4, rows])
+        yield (
+            normal(rows, 7, gradient=gradient),
+            torch.tensor(index),
+            torch.arange(rows),
+            tables,
+            ends,
+        )
+
+
+def gather_many(x, index, places, tables, ends):
+    return hk.gather_tokens(x, index, places, tables, cu_seqlens=ends)
+
+
 def self_calls(gradient):
     for lengths in LENGTHS:
         x = normal(sum(lengths), 6, 16, gradient=gradient)
@@ -119,6 +136,7 @@ FUNCTIONS = {
     "merge_by_metric": (merge_by_metric, merging_calls_with_metric),
     "match_merge_unmerge": (match_merge_unmerge, matching_calls),
     "gather_tokens": (hk.gather_tokens, gather_calls),
+    "gather_many": (gather_many, many_calls),
     "self_attention": (self_attention, self_calls),
     "biased_attention": (biased_attention, biased_calls),
     "cross_attention": (cross_attention, cross_calls),
@@ -128,7 +146,7 @@ FUNCTIONS = {
     "uniform_indices": (hk.uniform_indices, lambda _: ((10, 5), (20, 7), (30, 9))),
     "ragged_decode_attention": (hk.ragged_decode_attention, decode_calls),
 }
-DIFFERENTIABLE = tuple(FUNCTIONS)[:7]
+DIFFERENTIABLE = tuple(FUNCTIONS)[:8]
 
 
 def compiled(function):

@@ -34,6 +34,16 @@ def test_an_index_outside_reads_nothing_and_gives_zeros():
     assert not y[[1, 2, 4]].any()
 
 
+def test_of_several_tensors_too_and_wrong_bounds_stay_counts():
+    x, places = torch.randn(5, 7), torch.arange(10, 15)
+    index = torch.tensor([-1, 0, 4, 5, 2**40])
+    y, kept, ends = kernels.gather_many(x, index, [places], torch.tensor([-3, 2, 2**40, 1]))
+    assert torch.equal(y[[1, 2]], x[[0, 4]])
+    assert not y[[0, 3, 4]].any()
+    assert kept.tolist() == [0, 10, 14, 0, 0]
+    assert ends.tolist() == [0, 2, 4, 2]
+
+
 def test_the_gradient_of_an_index_outside_goes_nowhere():
     grad = torch.randn(5, 7)
     out = kernels.gather_tokens_backward(grad, torch.tensor([4, -1, 5, 0, 4]), 5)

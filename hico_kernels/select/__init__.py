@@ -11,7 +11,7 @@ from hico_kernels import checks
 from hico_kernels.dispatch import overload
 from hico_kernels.select import cpu as _cpu  # noqa: F401  registers what is made of other kernels
 from hico_kernels.select import reference as _reference  # noqa: F401  registers the references
-from hico_kernels.select.autograd import GatherTokens
+from hico_kernels.select.autograd import GatherMany, GatherTokens
 
 
 def text_guided_scores(
@@ -110,15 +110,44 @@ def uniform_indices(
     return overload("uniform_indices", impl, device=device.type)(num_tokens, keep, device)
 
 
-def gather_tokens(x: Tensor, index: Tensor, *, impl: str = "auto") -> Tensor:
+def gather_tokens(
+    x: Tensor,
+    index: Tensor,
+    *more: Tensor,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
     """Rows of x.
 
     x [S, C] of any dtype, index [M] int64 in [0, S) -> [M, C] contiguous. Differentiable
     in x. An index outside is an error on the CPU. impl: as in `merge_tokens`.
+
+    more: what else belongs to the rows, such as position ids [S] or rotary tables [S, D]: tensors
+    [S, ...] of any real dtype, gathered in the same launch on a GPU. cu_seqlens [B+1] (int32 or
+    int64): bounds of the sequences in x, for an index that does not fall; then those of the rows
+    that were taken come last, int32 [B+1]. With either the result is a tuple: the rows of x, of
+    each of more, and the bounds. Differentiable in every floating tensor of more too.
     """
     checks.tensor("x", x, "[S, C]", floating=False)
     checks.tensor("index", index, "[M]", floating=False)
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, got {index.dtype}")
     checks.same("index", index, "x", x, dtype=False)
-    return GatherTokens.apply(x, index, impl)
+    if not more and cu_seqlens is None:
+        return GatherTokens.apply(x, index, impl)
+    for i, t in enumerate(more):
+        _check_companion(f"more[{i}]", t, x)
+    if cu_seqlens is not None:
+        checks.cu_seqlens("cu_seqlens", cu_seqlens, x.device)
+    return GatherMany.apply(x, index, cu_seqlens, impl, *more)
+
+
+def _check_companion(name: str, t: Tensor, x: Tensor) -> None:
+    """A tensor with something for each row of x."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor [S, ...], got {type(t).__name__}")
+    if t.dim() == 0 or t.shape[0] != x.shape[0]:
+        raise ValueError(f"{name} must be [{x.shape[0]}, ...], got shape {tuple(t.shape)}")
+    if t.is_complex():
+        raise TypeError(f"{name} must be real, got {t.dtype}")
+    checks.same(name, t, "x", x, dtype=False)

@@ -22,3 +22,35 @@ class GatherTokens(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         run = backward_overload("gather_tokens_backward", ctx.impl, grad, index)
         return run(grad, index, ctx.num_rows), None, None
+
+
+class GatherMany(torch.autograd.Function):
+    """gather_many, differentiable in every floating tensor."""
+
+    @staticmethod
+    def forward(ctx, *given):  # noqa: D102
+        # Named ones before *more: dynamo forgets ctx where a call has one argument more than names.
+        x, index, cu_seqlens, impl, *more = given
+        ctx.impl, ctx.num_rows = impl, x.shape[0]
+        ctx.save_for_backward(index)
+        ends = () if cu_seqlens is None else (cu_seqlens,)
+        run = overload("gather_many", impl, x, index, *more, *ends)
+        out = run(x, index, more, cu_seqlens)
+        ctx.mark_non_differentiable(*[y for y in out if not y.is_floating_point()])
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *grads: Tensor):  # noqa: D102
+        (index,) = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
+        rows = []
+        for wants, of in zip(wanted, (grad, *grads), strict=False):  # cu_seqlens is last
+            if not wants:
+                rows.append(None)
+                continue
+            flat = of.unsqueeze(1).flatten(1)
+            run = backward_overload("gather_tokens_backward", ctx.impl, flat, index)
+            back = run(flat, index, ctx.num_rows)
+            rows.append(back.view(ctx.num_rows, *of.shape[1:]))
+        return rows[0], None, None, None, *rows[1:]

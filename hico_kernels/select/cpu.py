@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hico_kernels import checks
 from hico_kernels.ops import register_cpu
 
 _AT_ONCE = 1 << 18  # numbers that are turned at once: in cache as float32
@@ -30,3 +31,22 @@ def text_guided_scores_rotary_cpu(
         to.copy_(y)
     score = torch.ops.hico.text_guided_scores.default
     return score(q, turned, cu_seqlens_q, cu_seqlens_k, scale)
+
+
+@register_cpu
+def gather_many_cpu(
+    x: Tensor, index: Tensor, more: list[Tensor], cu_seqlens: Tensor | None
+) -> list[Tensor]:
+    """A call of gather_tokens for each."""
+    gather = torch.ops.hico.gather_tokens.default
+    out = []
+    for t in (x, *more):
+        rows = gather(t.unsqueeze(1).flatten(1), index)
+        out.append(rows.view(index.shape[0], *t.shape[1:]))
+    if cu_seqlens is not None:
+        checks.segments("cu_seqlens", cu_seqlens, x.shape[0])
+        if (index[1:] < index[:-1]).any():
+            raise ValueError("index must not fall where cu_seqlens is given")
+        ends = cu_seqlens.to(torch.int64)
+        out.append(torch.searchsorted(index.contiguous(), ends.contiguous(), out_int32=True))
+    return out

@@ -86,6 +86,21 @@ def gather_tokens_reference(x: Tensor, index: Tensor) -> Tensor:
 
 
 @register_reference
+def gather_many_reference(
+    x: Tensor, index: Tensor, more: list[Tensor], cu_seqlens: Tensor | None
+) -> list[Tensor]:
+    """The same rows of several tensors. Of ascending rows also how many lie before each bound."""
+    out = [t.index_select(0, index) for t in (x, *more)]
+    if cu_seqlens is not None:
+        checks.segments("cu_seqlens", cu_seqlens, x.shape[0])
+        if bool((index.diff() < 0).any()):
+            raise ValueError("index must not fall where cu_seqlens is given")
+        before = index[None, :] < cu_seqlens[:, None]
+        out.append(before.sum(dim=1, dtype=torch.int32))
+    return out
+
+
+@register_reference
 def gather_tokens_backward_reference(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
     """Gradient of `gather_tokens`: a row that was taken twice gets both gradients."""
     wide = grad if grad.dtype == torch.float64 else grad.float()

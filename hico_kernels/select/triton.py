@@ -1,6 +1,7 @@
 """The Triton implementation of every operation of this folder, under its own name."""
 
 from hico_kernels.select.triton_gather import (
+    gather_many,
     gather_tokens,
     gather_tokens_backward,
     uniform_indices,
@@ -9,6 +10,7 @@ from hico_kernels.select.triton_scores import text_guided_scores, text_guided_sc
 from hico_kernels.select.triton_topk import select_topk
 
 __all__ = [
+    "gather_many",
     "gather_tokens",
     "gather_tokens_backward",
     "select_topk",

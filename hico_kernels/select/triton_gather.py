@@ -1,4 +1,5 @@
-"""Rows by index, and the gradient of that: gather_tokens, gather_tokens_backward, uniform_indices.
+"""Rows by index, and the gradient of that: gather_tokens, gather_many, gather_tokens_backward,
+uniform_indices.
 
 An index outside of x cannot be reported without waiting for the device: it reads nothing and
 gives a row of zeros, and its gradient goes nowhere.
@@ -18,20 +19,75 @@ def _tile(width: int) -> tuple[int, int]:
     return max(_TILE // columns, 1), columns
 
 
-@triton.jit(do_not_specialize=["rows", "picked"])
-def gather_kernel(
-    x_ptr, index_ptr, y_ptr, rows, picked, width, x_row, x_column, index_step,
+def _narrow_tile(width: int) -> tuple[int, int]:
+    """The same for a number or a few per row, such as its position."""
+    columns = triton.next_power_of_2(width)
+    return 512 // columns, columns
+
+
+@triton.jit
+def gather_tile(
+    x_ptr, index_ptr, y_ptr, rows, picked, width, x_row, x_column, index_step, down, across,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """y[m] = x[index[m]]; program = ROWS rows of y, COLUMNS columns."""
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    """A tile of y[m] = x[index[m]], of ROWS rows and COLUMNS columns."""
+    m = tl.cast(down, tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.cast(across, tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.load(index_ptr + m * index_step, mask=m < picked, other=-1)
     inside = (row >= 0) & (row < rows)
     wanted = inside[:, None] & (c < width)[None, :]
     x = tl.load(x_ptr + row[:, None] * x_row + c[None, :] * x_column, mask=wanted, other=0)
     written = (m < picked)[:, None] & (c < width)[None, :]
     tl.store(y_ptr + m[:, None] * width + c[None, :], x, mask=written)
+
+
+@triton.jit(do_not_specialize=["rows", "picked"])
+def gather_kernel(
+    x_ptr, index_ptr, y_ptr, rows, picked, width, x_row, x_column, index_step,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A program has a tile."""
+    gather_tile(
+        x_ptr, index_ptr, y_ptr, rows, picked, width, x_row, x_column, index_step,
+        tl.program_id(0), tl.program_id(1), ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "picked", "bounds"])
+def gather_many_kernel(
+    xs, ys, widths, row_steps, column_steps, index_ptr, cu_ptr, kept_ptr,
+    rows, picked, bounds, index_step, cu_step,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same for several tensors, of which each has its own tiles, and how many indices are
+    below each of the `bounds` of cu.
+
+    The bounds come first: a binary search waits for the memory some 17 times, which the tiles hide.
+    """
+    program = tl.program_id(0)
+    searching = tl.cdiv(bounds, BLOCK)
+    if program < searching:
+        b = program * BLOCK + tl.arange(0, BLOCK)
+        bound = tl.load(cu_ptr + b.to(tl.int64) * cu_step, mask=b < bounds, other=0).to(tl.int64)
+        low = tl.zeros([BLOCK], tl.int64)
+        high = low + picked
+        while tl.max(high - low, 0) > 0:
+            middle = (low + high) // 2
+            left = low < high
+            at = tl.load(index_ptr + middle * index_step, mask=left, other=0)
+            low = tl.where(left & (at < bound), middle + 1, low)
+            high = tl.where(left & (at >= bound), middle, high)
+        tl.store(kept_ptr + b, low.to(tl.int32), mask=b < bounds)
+    program -= searching
+    for i in tl.static_range(len(xs)):
+        wide = tl.cdiv(widths[i], COLUMNS[i])
+        tiles = tl.cdiv(picked, ROWS[i]) * wide
+        if (program >= 0) & (program < tiles):
+            gather_tile(
+                xs[i], index_ptr, ys[i], rows, picked, widths[i], row_steps[i], column_steps[i],
+                index_step, program // wide, program % wide, ROWS[i], COLUMNS[i],
+            )  # fmt: skip
+        program -= tiles
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -45,6 +101,36 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
             ROWS=rows, COLUMNS=columns, enable_fp_fusion=True,
         )  # fmt: skip
     return y
+
+
+def gather_many(
+    x: Tensor, index: Tensor, more: list[Tensor], cu_seqlens: Tensor | None
+) -> list[Tensor]:
+    """x and more [S, ...], index [M] int64 -> [M, ...] each; cu_seqlens [B+1] -> int32 [B+1]."""
+    picked, given = index.shape[0], [x, *more]
+    out = [t.new_empty(picked, *t.shape[1:]) for t in given]
+    pairs = [(t.unsqueeze(1).flatten(1), y) for t, y in zip(given, out, strict=True) if y.numel()]
+    tiles = [_narrow_tile(t.shape[1]) if t.shape[1] < 16 else _tile(t.shape[1]) for t, _ in pairs]
+    programs = sum(
+        triton.cdiv(picked, down) * triton.cdiv(t.shape[1], across)
+        for (t, _), (down, across) in zip(pairs, tiles, strict=True)
+    )
+    cu, kept, bounds = index, index, 0  # not touched
+    if cu_seqlens is not None:
+        cu, bounds = cu_seqlens, cu_seqlens.shape[0]
+        kept = cu.new_empty(bounds, dtype=torch.int32)
+        out.append(kept)
+        programs += triton.cdiv(bounds, 128)
+    if programs:
+        xs, ys = tuple(t for t, _ in pairs), tuple(y for _, y in pairs)
+        gather_many_kernel[(programs,)](
+            xs, ys, tuple(t.shape[1] for t in xs),
+            tuple(t.stride(0) for t in xs), tuple(t.stride(1) for t in xs),
+            index, cu, kept, x.shape[0], picked, bounds, *index.stride(), *cu.stride(),
+            ROWS=tuple(down for down, _ in tiles), COLUMNS=tuple(across for _, across in tiles),
+            BLOCK=128, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
 
 
 @triton.jit(do_not_specialize=["rows", "picked"])

@@ -67,6 +67,12 @@ def _gather_tokens(dtype: torch.dtype) -> Iterator[tuple]:
     yield (_empty(16000, 3584, dtype=dtype), _empty(8000, dtype=torch.int64)), {}
 
 
+def _gather_many(dtype: torch.dtype) -> Iterator[tuple]:
+    x, index = _empty(16000, 3584, dtype=dtype), _empty(8000, dtype=torch.int64)
+    tables = [_empty(16000, 128, dtype=dtype) for _ in range(2)]
+    yield (x, index, [_empty(16000, dtype=torch.int64), *tables], cu_seqlens([9000, 7000])), {}
+
+
 def _gather_tokens_backward(dtype: torch.dtype) -> Iterator[tuple]:
     yield (_empty(8000, 3584, dtype=dtype), _empty(8000, dtype=torch.int64), 16000), {}
 

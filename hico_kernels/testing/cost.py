@@ -113,6 +113,15 @@ def gather_tokens(x: Tensor, index: Tensor) -> Cost:
     return Cost((index.unique().numel() + len(index)) * row + _size(index), 0)
 
 
+@_cost_of("gather_many")
+def gather_many(x: Tensor, index: Tensor, more: list[Tensor], cu_seqlens: Tensor | None) -> Cost:
+    """The same of each tensor, and the bounds in and out."""
+    several = (gather_tokens(t.unsqueeze(1).flatten(1), index).bytes for t in (x, *more))
+    again = len(more) * _size(index)  # which is read once
+    ends = 0 if cu_seqlens is None else _size(cu_seqlens) + 4 * cu_seqlens.numel()
+    return Cost(sum(several) - again + ends, 0)
+
+
 @_cost_of("gather_tokens_backward")
 def gather_tokens_backward(grad: Tensor, index: Tensor, num_rows: int) -> Cost:
     """The gradient of the taken rows in, that of all rows out."""

@@ -44,3 +44,33 @@ def text_guided_scores_rotary(device: str, dtype: torch.dtype) -> Samples:
         yield Sample(f"q-{name}", args, kwargs)
     for name, (view, *_), kwargs in _strided(k):
         yield Sample(f"k-{name}", (q, view, *ends, cos, sin), kwargs)
+
+
+def gather_many(device: str, dtype: torch.dtype) -> Samples:
+    """x [S, C], index [M], more, cu_seqlens."""
+    d = Draw(device, dtype, seed=10)
+    x, index = d.normal(40, 24), d.whole(0, 40, 17)
+    places, tables = d.whole(0, 99, 40), rotary_tables(d, 40, 16, dtype)
+    rising, ends = torch.arange(0, 40, 3, device=device), cu_seqlens((9, 0, 30, 1, 0), device)
+    yield Sample("all", (x, rising, [places, *tables], ends))
+    yield Sample("no_bounds", (x, index, [places, *tables], None))
+    yield Sample("bounds_alone", (x, rising, [], ends.long()))
+    shapes = [d.normal(40, 3, 2, 5), d.whole(0, 2, 40, 3).bool(), d.whole(0, 9, 40).int()]
+    yield Sample("all_kinds", (x, index, [*shapes, d.normal(40, dtype=torch.float32)], None))
+    yield Sample("repeated", (x, index.sort().values, [places], ends))
+    ragged = cu_seqlens(RAGGED["tile_edges"], device)
+    kept = d.whole(0, 2, 321).bool().cpu().nonzero()[:, 0].to(device)
+    yield Sample("ragged", (d.normal(321, 70), kept, [d.whole(0, 9, 321)], ragged))
+    yield Sample("one_end_taken", (x, torch.full((3,), 39, device=device), [places], ends))
+    many = cu_seqlens([1, 0] * 150 + [8], device)  # more bounds than a program of Triton's has
+    yield Sample("many_bounds", (d.normal(158, 3), d.whole(0, 158, 90).sort().values, [], many))
+    large = d.whole(0, 4000, 3000).sort().values
+    tables = rotary_tables(d, 4000, 64, dtype)
+    ends4 = cu_seqlens((1000, 2990, 10), device)
+    yield Sample("large", (d.normal(4000, 128), large, [d.whole(0, 9, 4000), *tables], ends4))
+    yield Sample("nothing_taken", (x, index[:0], [places], ends))
+    yield Sample("no_rows", (x[:0], index[:0], [places[:0]], ends[:1]))
+    yield Sample("no_channels", (x[:, :0], index, [places, x[:, :0]], None))
+    yield from _strided(x, rising, [places], ends)
+    stepped = [d.normal(40, 4, 6)[:, ::2, 1:], d.whole(0, 9, 80)[::2], d.normal(6, 40).mT]
+    yield Sample("more-strided", (x, rising, stepped, ends.repeat_interleave(2)[::2]))

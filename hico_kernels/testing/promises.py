@@ -13,7 +13,7 @@ from torch import Tensor
 from hico_kernels.testing.budget import assert_same_bits, assert_within_budget
 from hico_kernels.testing.poison import layouts
 from hico_kernels.testing.samples import Sample
-from hico_kernels.testing.specs import OpSpec
+from hico_kernels.testing.specs import OpSpec, tensors_among
 
 Run = Callable[[Sample], tuple[Tensor, ...]]
 
@@ -31,9 +31,10 @@ def right_numbers(spec: OpSpec, sample: Sample, run: Run) -> None:
 def other_layouts(sample: Sample) -> Iterator[Sample]:
     """The same call with one tensor at a time stored differently."""
     for i, x in enumerate(sample.args):
-        if isinstance(x, Tensor):
-            for name, view in layouts(x):
-                args = (*sample.args[:i], view, *sample.args[i + 1 :])
+        for j, t in enumerate(x if isinstance(x, list) else [x]):
+            for name, view in layouts(t) if isinstance(t, Tensor) else ():
+                new = [*x[:j], view, *x[j + 1 :]] if isinstance(x, list) else view
+                args = (*sample.args[:i], new, *sample.args[i + 1 :])
                 yield Sample(f"{sample.id}-argument{i}-{name}", args, sample.kwargs)
 
 
@@ -45,7 +46,7 @@ def any_layout(spec: OpSpec, sample: Sample, run: Run) -> None:
 
 def untouched_inputs(spec: OpSpec, sample: Sample, run: Run) -> None:
     """No input is written to."""
-    tensors = [x for x in spec.arguments(sample) if isinstance(x, Tensor)]
+    tensors = tensors_among(spec.arguments(sample))
     before = [x.clone() for x in tensors]
     run(sample)
     for i, (x, old) in enumerate(zip(tensors, before, strict=True)):
@@ -55,7 +56,7 @@ def untouched_inputs(spec: OpSpec, sample: Sample, run: Run) -> None:
 def own_outputs(spec: OpSpec, sample: Sample, run: Run) -> None:
     """No output shares memory with an input or with another output, and each is contiguous."""
     owned = {}
-    tensors = [x for x in spec.arguments(sample) if isinstance(x, Tensor)]
+    tensors = tensors_among(spec.arguments(sample))
     for x, name in [(x, f"input {i}") for i, x in enumerate(tensors) if x.numel()]:
         owned[x.untyped_storage().data_ptr()] = name
     for i, y in enumerate(run(sample)):

@@ -77,8 +77,16 @@ def tensors_in(result) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
+def tensors_among(arguments) -> list[Tensor]:
+    """The tensors of a call, those in lists too."""
+    each = (x if isinstance(x, list) else [x] for x in arguments)
+    return [x for several in each for x in several if isinstance(x, Tensor)]
+
+
 def in_float64(x):
-    """A floating tensor in float64, anything else as it is."""
+    """A floating tensor in float64, of a list each; anything else as it is."""
+    if isinstance(x, list):
+        return [in_float64(y) for y in x]
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
@@ -93,6 +101,10 @@ def _merge_backward(grad, assignment, merged_sizes, sizes=None, *, impl="auto"):
 
 def _gather_tokens_backward(grad, index, num_rows, *, impl="auto"):
     return dispatch.overload("gather_tokens_backward", impl, grad, index)(grad, index, num_rows)
+
+
+def _gather_many(x, index, more, cu_seqlens=None, *, impl="auto"):
+    return hk.gather_tokens(x, index, *more, cu_seqlens=cu_seqlens, impl=impl)
 
 
 def _ragged_attention_backward(
@@ -127,6 +139,7 @@ SPECS = {
         OpSpec("select_topk", hk.select_topk, _s.select_topk, dtypes=(FLOATS[0], FLOATS[3])),
         OpSpec("uniform_indices", hk.uniform_indices, _s.uniform_indices, dtypes=FLOATS[:1]),
         OpSpec("gather_tokens", hk.gather_tokens, _s.gather_tokens, ("x",)),
+        OpSpec("gather_many", _gather_many, _f.gather_many, ("x", "more")),
         OpSpec("gather_tokens_backward", _gather_tokens_backward, _s.gather_tokens_backward),
         OpSpec("ragged_attention", hk.ragged_attention, _a.ragged_attention, ("q", "k", "v")),
         OpSpec(

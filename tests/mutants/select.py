@@ -142,6 +142,26 @@ on_result(
 on_result("gather_tokens", "transposed_memory", lambda y, *_: y.T.contiguous().view(y.shape))
 
 
+def others_not_gathered(y, x, index, more, cu):
+    return [y[0], *(t[: len(index)] for t in more), *y[1 + len(more) :]]
+
+
+def bounds_left(y, x, index, more, cu):
+    return y if cu is None else [*y[:-1], cu.int()]
+
+
+def bounds_above(y, x, index, more, cu):
+    return y if cu is None else [*y[:-1], (index[None] <= cu[:, None]).sum(1).int()]
+
+
+def bounds_in_int64(y, x, index, more, cu):
+    return y if cu is None else [*y[:-1], y[-1].long()]
+
+
+for _slip in (others_not_gathered, bounds_left, bounds_above, bounds_in_int64):
+    on_result("gather_many", _slip.__name__, _slip)
+
+
 @wrong("gather_tokens_backward", "last_gradient_wins", add=False)
 @wrong("gather_tokens_backward", "adds_in_the_dtype_of_grad", add=True)
 def scatter(grad, index, num_rows, add):

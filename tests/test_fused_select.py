@@ -1,0 +1,94 @@
+"""Operations that do two things in one pass: what they give beside doing them in turn,
+and their gradients. Every implementation that runs here; Triton's in its interpreter.
+"""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from hico_kernels import gather_tokens, text_guided_scores, why_not
+from hico_kernels.testing import assert_same_bits, cu_seqlens
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def implementations(operation):
+    x = torch.zeros(1, device=DEVICE)
+    names = ("reference", "cpu", "triton")
+    return [impl for impl in names if why_not(operation, impl, x) is None]
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+# --- scores of keys without rotary positions ------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", implementations("text_guided_scores_rotary"))
+def test_rotating_while_loading_is_rotating_before(impl):
+    """With positions, as Qwen2's own code does it in float32."""
+    q, k = normal(3, 4, 32), normal(50, 2, 32, seed=1)
+    frequencies = 1e4 ** -torch.arange(0, 1, 1 / 16, device=DEVICE)
+    angles = torch.arange(50, device=DEVICE)[:, None] * frequencies
+    cos, sin = (f(torch.cat([angles, angles], 1)) for f in (torch.cos, torch.sin))
+    low, high = k[..., :16], k[..., 16:]
+    turned = k * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+    ends = cu_seqlens((1, 2), DEVICE), cu_seqlens((20, 30), DEVICE)
+    actual = text_guided_scores(q, k, *ends, cos=cos, sin=sin, impl=impl)
+    expected = text_guided_scores(q, turned, *ends, impl=impl)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+# --- several tensors at once ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", implementations("gather_many"))
+def test_each_tensor_gets_the_rows_that_it_would_get_alone(impl):
+    x, index = normal(60, 9), torch.tensor([3, 3, 59, 0, 17], device=DEVICE)
+    places, table = torch.arange(60, device=DEVICE) * 7, normal(60, 2, 5, dtype=torch.bfloat16)
+    rows, kept, tables = gather_tokens(x, index, places, table, impl=impl)
+    assert_same_bits(rows, x[index], "rows")
+    assert_same_bits(kept, places[index], "positions")
+    assert_same_bits(tables, table[index], "tables")
+
+
+@pytest.mark.parametrize("impl", implementations("gather_many"))
+def test_the_bounds_count_what_each_sequence_keeps(impl):
+    x, ends = normal(12, 2), cu_seqlens((4, 0, 5, 3), DEVICE)
+    index = torch.tensor([0, 3, 4, 5, 5, 8, 11], device=DEVICE)
+    _, kept = gather_tokens(x, index, cu_seqlens=ends, impl=impl)
+    assert kept.tolist() == [0, 2, 2, 6, 7]
+    assert kept.dtype == torch.int32
+
+
+@pytest.mark.parametrize("impl", implementations("gather_many"))
+def test_every_floating_tensor_gets_its_gradient(impl):
+    x, table = (normal(8, 3, seed=s).requires_grad_() for s in (1, 2))
+    wide, places = normal(8, 2, 2).requires_grad_(), torch.arange(8, device=DEVICE)
+    index = torch.tensor([0, 2, 2, 7], device=DEVICE)
+    ends = cu_seqlens((5, 3), DEVICE)
+    rows, tables, others, _, bounds = gather_tokens(
+        x, index, table, wide, places, cu_seqlens=ends, impl=impl
+    )
+    assert not bounds.requires_grad
+    weights = [normal(*y.shape, seed=9) for y in (rows, tables, others)]
+    products = zip((rows, tables, others), weights, strict=True)
+    grads = torch.autograd.grad(sum((y * w).sum() for y, w in products), (x, table, wide))
+    for grad, given, leaf in zip(grads, weights, (x, table, wide), strict=True):
+        expected = torch.zeros_like(leaf).index_add(0, index, given)
+        torch.testing.assert_close(grad, expected)
+
+
+def test_only_some_need_a_gradient():
+    x, table = normal(8, 3), normal(8, 2).requires_grad_()
+    rows, tables = gather_tokens(x, torch.tensor([1, 1], device=DEVICE), table)
+    assert not rows.requires_grad or rows.grad_fn is tables.grad_fn
+    tables.sum().backward()
+    assert table.grad.sum(1).tolist() == [0, 4, 0, 0, 0, 0, 0, 0]
+
+
+def test_gradients_pass_the_numerical_check():
+    x, table = (normal(6, 2, dtype=torch.float64).requires_grad_() for _ in range(2))
+    index = torch.tensor([5, 0, 0], device=DEVICE)
+    assert gradcheck(lambda a, b: gather_tokens(a, index, b, impl="reference"), (x, table))
