@@ -7,7 +7,13 @@ from hico_kernels import patch, tome  # patch is callable: patch(model, plan)
 from hico_kernels.attention import ragged_attention, ragged_decode_attention
 from hico_kernels.counting import install as _count
 from hico_kernels.dispatch import why_not
-from hico_kernels.merge import Matching, MergedTokens, bipartite_soft_matching, merge_tokens
+from hico_kernels.merge import (
+    Matching,
+    MergedTokens,
+    bipartite_soft_matching,
+    layer_norm_metric,
+    merge_tokens,
+)
 from hico_kernels.native import load as _load
 from hico_kernels.patch import (
     DropPlan,
@@ -21,7 +27,13 @@ from hico_kernels.patch import (
     selfcheck,
     supports,
 )
-from hico_kernels.select import gather_tokens, select_topk, text_guided_scores, uniform_indices
+from hico_kernels.select import (
+    gather_rms_norm,
+    gather_tokens,
+    select_topk,
+    text_guided_scores,
+    uniform_indices,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,7 +47,9 @@ __all__ = [
     "UnsupportedModel",
     "bipartite_soft_matching",
     "compress",
+    "gather_rms_norm",
     "gather_tokens",
+    "layer_norm_metric",
     "merge_tokens",
     "patch",
     "presets",

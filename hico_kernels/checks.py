@@ -94,3 +94,17 @@ def scale_of(q: Tensor, scale: float | None) -> float:
     if isinstance(scale, bool) or not isinstance(scale, int | float | SymInt | SymFloat):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
     return float(scale)
+
+
+def epsilon(eps: float) -> None:
+    """What a norm adds to the mean square, or to the variance."""
+    if isinstance(eps, bool) or not isinstance(eps, int | float | SymInt | SymFloat) or eps < 0:
+        raise ValueError(f"eps must be a number, at least 0, got {eps!r}")
+
+
+def channels(name: str, w: Tensor, x: Tensor) -> None:
+    """w must have a number for each channel of x [..., C], on its device and of its dtype."""
+    tensor(name, w, "[C]")
+    same(name, w, "x", x)
+    if w.shape[0] != x.shape[-1]:
+        raise ValueError(f"{name} must be [{x.shape[-1]}], got {tuple(w.shape)}")

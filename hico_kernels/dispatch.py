@@ -22,6 +22,8 @@ _ANY = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _DTYPES = {
     ("gather_many", "cpu"): _ANY,
     ("gather_many", "triton"): _ANY,
+    ("gather_rms_norm", "cpu"): _ANY,
+    ("gather_rms_norm", "triton"): _GPU,
     ("gather_tokens", "cpu"): _ANY,
     ("gather_tokens", "cuda"): _ANY,
     ("gather_tokens", "triton"): _ANY,
@@ -29,6 +31,8 @@ _DTYPES = {
     ("gather_tokens_backward", "triton"): _ANY,
     ("bipartite_soft_matching", "cpu"): _NARROW,
     ("bipartite_soft_matching", "triton"): _GPU,
+    ("layer_norm_metric", "cpu"): _ANY,
+    ("layer_norm_metric", "triton"): _GPU,
     ("merge_apply", "cpu"): _NARROW,
     ("merge_apply", "triton"): _GPU,
     ("merge_backward", "cpu"): _NARROW,

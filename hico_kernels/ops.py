@@ -94,6 +94,10 @@ def _register_later(name: str, module: str) -> None:
     torch.library.impl(name, "CompositeExplicitAutograd")(launch)
 
 
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 # --- merging
 
 
@@ -139,11 +143,16 @@ def merge_backward(
     return grad.new_empty(*assignment.shape, grad.shape[2])
 
 
+@_op("(Tensor x, Tensor weight, Tensor bias, float eps, SymInt num_heads) -> (Tensor, Tensor)")
+def layer_norm_metric(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    """x [N, T, C], weight and bias [C] -> y [N, T, C], metric [N, T, C / num_heads]."""
+    n, t, c = x.shape
+    return x.new_empty(n, t, c), x.new_empty(n, t, c // num_heads, dtype=_wide_dtype(x))
+
+
 # --- selection
-
-
-def _score_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @_op("(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale) -> Tensor")
@@ -151,7 +160,7 @@ def text_guided_scores(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
 ) -> Tensor:
     """q [R, H, D], k [S, Hkv, D] -> [S]."""
-    return k.new_empty(k.shape[0], dtype=_score_dtype(q))
+    return k.new_empty(k.shape[0], dtype=_wide_dtype(q))
 
 
 @_op(
@@ -168,7 +177,7 @@ def text_guided_scores_rotary(
     sin: Tensor,
 ) -> Tensor:
     """The same for keys without rotary positions: cos and sin [S, D]."""
-    return k.new_empty(k.shape[0], dtype=_score_dtype(q))
+    return k.new_empty(k.shape[0], dtype=_wide_dtype(q))
 
 
 @_op("(Tensor scores, Tensor cu_seqlens, SymInt[] keep) -> Tensor")
@@ -206,6 +215,13 @@ def gather_tokens_backward(grad: Tensor, index: Tensor, num_rows: int) -> Tensor
     return grad.new_empty(num_rows, grad.shape[1])
 
 
+@_op("(Tensor x, Tensor index, Tensor weight, float eps) -> (Tensor, Tensor)")
+def gather_rms_norm(x: Tensor, index: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [S, C], index [M], weight [C] -> rows [M, C], and the same normalised."""
+    rows = x.new_empty(index.shape[0], x.shape[1])
+    return rows, torch.empty_like(rows)
+
+
 # --- attention
 
 
@@ -226,7 +242,7 @@ def ragged_attention(
     key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """q [Sq, H, D], k and v [Sk, Hkv, D] -> out [Sq, H, D], lse [H, Sq]."""
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=_score_dtype(q))
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=_wide_dtype(q))
 
 
 @_op(

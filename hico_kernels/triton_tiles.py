@@ -28,6 +28,15 @@ def slots(rows: int, sequences: int, size: int) -> int:
     return rows // size + sequences
 
 
+def row_tile(columns: int) -> tuple[int, int, int]:
+    """Rows, padded columns and warps of a program that holds whole rows: 16 to 32 numbers a thread
+    up to 16 384 columns.
+    """
+    padded = triton.next_power_of_2(columns)
+    rows = max(2048 // padded, 1)
+    return rows, padded, min(max(rows * padded // 1024, 4), 16)
+
+
 @triton.jit
 def start_of(cu_ptr, place, rows, wanted=True):
     """A cumulative length, cut to [0, rows]: whatever it says, no other memory is touched."""

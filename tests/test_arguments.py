@@ -65,6 +65,18 @@ MERGE = {
         lambda: merge(metric=X, num_heads=2)
     ),
     "ValueError: metric must be [N, T, D], got shape (9, 8)": lambda: match(X[0]),
+    "TypeError: weight must have the dtype of x, torch.float32, got torch.float64": (
+        lambda: hk.layer_norm_metric(X, X[0, 0].double(), X[0, 0], 1e-6, 2)
+    ),
+    "ValueError: bias must be [8], got (7,)": (
+        lambda: hk.layer_norm_metric(X, X[0, 0], X[0, 0, 1:], 1e-6, 2)
+    ),
+    "ValueError: num_heads must divide the 8 channels of x, got num_heads=5": (
+        lambda: hk.layer_norm_metric(X, X[0, 0], X[0, 0], 1e-6, 5)
+    ),
+    "ValueError: eps must be a number, at least 0, got -1": (
+        lambda: hk.layer_norm_metric(X, X[0, 0], X[0, 0], -1, 2)
+    ),
     "ValueError: r must be at least 0, got -1": lambda: match(r=-1),
     "TypeError: r must be an int, got 1.5": lambda: match(r=1.5),
     "TypeError: class_token must be True or False, got 5": lambda: match(class_token=5),
@@ -145,6 +157,15 @@ SELECT = {
     ),
     "ValueError: more[0] must be on the device of x, cpu, got meta": (
         lambda: hk.gather_tokens(X[0], CU.long(), X[0].to("meta"))
+    ),
+    "TypeError: x must be floating point, got torch.int32": (
+        lambda: hk.gather_rms_norm(X[0].int(), CU.long(), X[0, 0], 1e-6)
+    ),
+    "ValueError: weight must be [8], got (9,)": (
+        lambda: hk.gather_rms_norm(X[0], CU.long(), X[0, :, 0], 1e-6)
+    ),
+    "ValueError: eps must be a number, at least 0, got None": (
+        lambda: hk.gather_rms_norm(X[0], CU.long(), X[0, 0], None)
     ),
     "TypeError: cu_seqlens must be int32 or int64, got torch.float32": (
         lambda: hk.gather_tokens(X[0], CU.long(), cu_seqlens=SCORES)
@@ -256,6 +277,12 @@ def index_cases():
             lambda impl, index=index: hk.gather_tokens(X[0], index, impl=impl),
             "index out of range",
             id=f"gather_tokens-{at}",
+        )
+        yield pytest.param(
+            "gather_rms_norm",
+            lambda impl, index=index: hk.gather_rms_norm(X[0], index, X[0, 0], 0.1, impl=impl),
+            "index out of range",
+            id=f"gather_rms_norm-{at}",
         )
     for to in (6, -1, 2**30):
         into = hk.Matching(torch.full((2, 9), to, dtype=torch.int32), 6)

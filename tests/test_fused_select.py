@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from hico_kernels import gather_tokens, text_guided_scores, why_not
+from hico_kernels import gather_rms_norm, gather_tokens, text_guided_scores, why_not
 from hico_kernels.testing import assert_same_bits, cu_seqlens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,3 +92,43 @@ def test_gradients_pass_the_numerical_check():
     x, table = (normal(6, 2, dtype=torch.float64).requires_grad_() for _ in range(2))
     index = torch.tensor([5, 0, 0], device=DEVICE)
     assert gradcheck(lambda a, b: gather_tokens(a, index, b, impl="reference"), (x, table))
+
+
+# --- rows and their norm --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", implementations("gather_rms_norm"))
+def test_the_norm_is_that_of_transformers(impl, dtype):
+    """Qwen2's on the rows, to the bit but for the order of its sum."""
+    norm = pytest.importorskip("transformers.models.qwen2.modeling_qwen2").Qwen2RMSNorm(48, 1e-5)
+    norm = norm.to(DEVICE, dtype)
+    norm.weight.data += normal(48, seed=3, dtype=dtype) / 4
+    x, index = normal(30, 48, dtype=dtype), torch.tensor([0, 29, 4, 4], device=DEVICE)
+    rows, normed = gather_rms_norm(x, index, norm.weight.data, 1e-5, impl=impl)
+    assert_same_bits(rows, x[index], "rows")
+    expected = norm(x[index]).detach()
+    torch.testing.assert_close(normed, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("impl", implementations("gather_rms_norm"))
+def test_the_gradients_of_rows_and_norm_add_up(impl):
+    x, weight = normal(9, 12).requires_grad_(), normal(12, seed=1).requires_grad_()
+    index = torch.tensor([8, 0, 0, 3], device=DEVICE)
+    a, b = normal(4, 12, seed=2), normal(4, 12, seed=3)
+
+    def by_autograd(x, index, weight):
+        rows = x[index]
+        share = (rows.square().mean(-1, keepdim=True) + 1e-3).rsqrt()
+        return rows, rows * share * weight
+
+    results = (gather_rms_norm(x, index, weight, 1e-3, impl=impl), by_autograd(x, index, weight))
+    pairs = (torch.autograd.grad((r * a + n * b).sum(), (x, weight)) for r, n in results)
+    for actual, expected in zip(*pairs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradients_of_the_norm_pass_the_numerical_check():
+    x, weight = (normal(*s, dtype=torch.float64).requires_grad_() for s in ((5, 6), (6,)))
+    index = torch.tensor([4, 0, 0], device=DEVICE)
+    assert gradcheck(lambda a, w: gather_rms_norm(a, index, w, 1e-3, impl="reference"), (x, weight))

@@ -82,6 +82,25 @@ def gather_many(x, index, places, tables, ends):
     return hk.gather_tokens(x, index, places, tables, cu_seqlens=ends)
 
 
+def norm_calls(gradient):
+    for x, index in gather_calls(gradient):
+        yield x, index, normal(7, gradient=gradient)
+
+
+def gather_rms_norm(x, index, weight):
+    return hk.gather_rms_norm(x, index, weight, 1e-6)
+
+
+def metric_calls(gradient):
+    for n, t in ((2, 12), (3, 19), (5, 40)):
+        w = normal(24, gradient=gradient)
+        yield clips(n, t, gradient=gradient), w, normal(24, gradient=gradient) + 1
+
+
+def layer_norm_metric(x, weight, bias):
+    return hk.layer_norm_metric(x, weight, bias, 1e-6, 4)
+
+
 def self_calls(gradient):
     for lengths in LENGTHS:
         x = normal(sum(lengths), 6, 16, gradient=gradient)
@@ -137,6 +156,8 @@ FUNCTIONS = {
     "match_merge_unmerge": (match_merge_unmerge, matching_calls),
     "gather_tokens": (hk.gather_tokens, gather_calls),
     "gather_many": (gather_many, many_calls),
+    "gather_rms_norm": (gather_rms_norm, norm_calls),
+    "layer_norm_metric": (layer_norm_metric, metric_calls),
     "self_attention": (self_attention, self_calls),
     "biased_attention": (biased_attention, biased_calls),
     "cross_attention": (cross_attention, cross_calls),
@@ -146,7 +167,7 @@ FUNCTIONS = {
     "uniform_indices": (hk.uniform_indices, lambda _: ((10, 5), (20, 7), (30, 9))),
     "ragged_decode_attention": (hk.ragged_decode_attention, decode_calls),
 }
-DIFFERENTIABLE = tuple(FUNCTIONS)[:8]
+DIFFERENTIABLE = tuple(FUNCTIONS)[:10]
 
 
 def compiled(function):

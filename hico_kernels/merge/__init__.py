@@ -9,8 +9,9 @@ from torch import Tensor, float32, float64, int32, int64
 
 from hico_kernels import checks
 from hico_kernels.dispatch import overload
+from hico_kernels.merge import cpu as _cpu  # noqa: F401  registers what is made of torch's kernels
 from hico_kernels.merge import reference as _reference  # noqa: F401  registers the references
-from hico_kernels.merge.autograd import MergeApply, MergeTokens
+from hico_kernels.merge.autograd import LayerNormMetric, MergeApply, MergeTokens
 
 
 class MergedTokens(NamedTuple):
@@ -68,6 +69,29 @@ def merge_tokens(
             raise ValueError(f"num_heads has no use beside metric, got num_heads={num_heads}")
         metric = metric.detach()
     return MergedTokens(*MergeTokens.apply(x, num_tokens, num_heads, metric, impl))
+
+
+def layer_norm_metric(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, num_heads: int, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """An encoder's last LayerNorm, and in the same pass the metric of `merge_tokens`.
+
+    x [N, T, C] with C a multiple of num_heads, weight and bias [C] of its dtype -> y [N, T, C], and
+    metric [N, T, C / num_heads] float32 (float64 for float64), the mean over `num_heads` groups of
+    the channels of y as rounded: `merge_tokens(y, K, metric=metric)` merges as `merge_tokens(y, K,
+    num_heads=num_heads)` does and reads y once. In float32 (float64 for float64), rounded once.
+    Differentiable in x, weight and bias; the metric is a constant. impl: as in `merge_tokens`.
+    """
+    checks.tensor("x", x, "[N, T, C]")
+    checks.channels("weight", weight, x)
+    checks.channels("bias", bias, x)
+    checks.epsilon(eps)
+    checks.integer("num_heads", num_heads)
+    if num_heads < 1 or x.shape[2] % num_heads:
+        raise ValueError(
+            f"num_heads must divide the {x.shape[2]} channels of x, got num_heads={num_heads}"
+        )
+    return LayerNormMetric.apply(x, weight, bias, float(eps), num_heads, impl)
 
 
 @dataclass(frozen=True)

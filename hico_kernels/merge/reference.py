@@ -170,6 +170,18 @@ def merge_tokens_reference(
     return tokens, sizes, assignment.int()
 
 
+@register_reference
+def layer_norm_metric_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm, rounded once, and the metric that `merge_tokens` would take of the result."""
+    wide = _wide(x)
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    unit = centred * (centred.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    y = (unit * _wide(weight) + _wide(bias)).to(x.dtype).contiguous()
+    return y, _head_mean(y, num_heads)
+
+
 def merge_tokens_round_by_round(
     x: Tensor, num_tokens: int, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,15 @@ import triton
 from torch import Tensor
 
 from hico_kernels.merge import triton_match, triton_mean
+from hico_kernels.merge.triton_norm import layer_norm_metric
+
+__all__ = [
+    "bipartite_soft_matching",
+    "layer_norm_metric",
+    "merge_apply",
+    "merge_backward",
+    "merge_tokens",
+]
 
 _OPTIONS = {"enable_fp_fusion": True}  # Triton 3.10 changes its default
 _MATCH = {"BM": 64, "BN": 64, "BD": 32, "num_warps": 4, "num_stages": 3, **_OPTIONS}

@@ -11,7 +11,7 @@ from hico_kernels import checks
 from hico_kernels.dispatch import overload
 from hico_kernels.select import cpu as _cpu  # noqa: F401  registers what is made of other kernels
 from hico_kernels.select import reference as _reference  # noqa: F401  registers the references
-from hico_kernels.select.autograd import GatherMany, GatherTokens
+from hico_kernels.select.autograd import GatherMany, GatherRmsNorm, GatherTokens
 
 
 def text_guided_scores(
@@ -129,10 +129,7 @@ def gather_tokens(
     each of more, and the bounds. Differentiable in every floating tensor of more too.
     """
     checks.tensor("x", x, "[S, C]", floating=False)
-    checks.tensor("index", index, "[M]", floating=False)
-    if index.dtype != torch.int64:
-        raise TypeError(f"index must be int64, got {index.dtype}")
-    checks.same("index", index, "x", x, dtype=False)
+    _check_index(index, x)
     if not more and cu_seqlens is None:
         return GatherTokens.apply(x, index, impl)
     for i, t in enumerate(more):
@@ -151,3 +148,28 @@ def _check_companion(name: str, t: Tensor, x: Tensor) -> None:
     if t.is_complex():
         raise TypeError(f"{name} must be real, got {t.dtype}")
     checks.same(name, t, "x", x, dtype=False)
+
+
+def gather_rms_norm(
+    x: Tensor, index: Tensor, weight: Tensor, eps: float, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Rows of x, and their RMSNorm: what the layer after a drop adds to, and what it reads.
+
+    x [S, C], index [M] int64 in [0, S), weight [C] of the dtype of x -> rows [M, C] as in
+    `gather_tokens`, normed [M, C]. As transformers' RMSNorm (Qwen2, Llama): x / sqrt(mean(x^2) +
+    eps) in float32 (float64 for float64), rounded to the dtype of x, times weight, rounded again.
+    Differentiable in x and weight. An index outside is an error on the CPU. impl: as in
+    `merge_tokens`.
+    """
+    checks.tensor("x", x, "[S, C]")
+    _check_index(index, x)
+    checks.channels("weight", weight, x)
+    checks.epsilon(eps)
+    return GatherRmsNorm.apply(x, index, weight, float(eps), impl)
+
+
+def _check_index(index: Tensor, x: Tensor) -> None:
+    checks.tensor("index", index, "[M]", floating=False)
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, got {index.dtype}")
+    checks.same("index", index, "x", x, dtype=False)

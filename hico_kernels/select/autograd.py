@@ -54,3 +54,36 @@ class GatherMany(torch.autograd.Function):
             back = run(flat, index, ctx.num_rows)
             rows.append(back.view(ctx.num_rows, *of.shape[1:]))
         return rows[0], None, None, None, *rows[1:]
+
+
+class GatherRmsNorm(torch.autograd.Function):
+    """gather_rms_norm, differentiable in x and weight. Its gradient is plain torch in float32, and
+    the gradient of a gather.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, weight: Tensor, eps: float, impl: str):  # noqa: D102
+        run = overload("gather_rms_norm", impl, x, index, weight)
+        rows, normed = run(x, index, weight, eps)
+        ctx.impl, ctx.num_rows, ctx.eps = impl, x.shape[0], eps
+        ctx.save_for_backward(rows, index, weight)
+        return rows, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_rows: Tensor, grad_normed: Tensor):  # noqa: D102
+        rows, index, weight = ctx.saved_tensors
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        wide, given = rows.to(dtype), grad_normed.to(dtype)
+        share = (wide.square().mean(dim=-1, keepdim=True) + ctx.eps).rsqrt()
+        unit = wide * share
+        grad = grad_weight = None
+        if ctx.needs_input_grad[2]:
+            grad_weight = (given * unit.to(rows.dtype)).sum(dim=0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            given = given * weight.to(dtype)
+            own = share * (given - unit * (given * unit).mean(dim=-1, keepdim=True))
+            own = (own + grad_rows.to(dtype)).to(rows.dtype)
+            run = backward_overload("gather_tokens_backward", ctx.impl, own, index)
+            grad = run(own, index, ctx.num_rows)
+        return grad, None, grad_weight, None, None

@@ -50,3 +50,18 @@ def gather_many_cpu(
         ends = cu_seqlens.to(torch.int64)
         out.append(torch.searchsorted(index.contiguous(), ends.contiguous(), out_int32=True))
     return out
+
+
+@register_cpu
+def gather_rms_norm_cpu(
+    x: Tensor, index: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Rows by the kernel of gather_tokens; torch normalises them, a piece in cache at a time."""
+    rows = torch.ops.hico.gather_tokens.default(x, index)
+    normed = torch.empty_like(rows)
+    step = max(_AT_ONCE // max(rows.shape[1], 1), 1)
+    for part, to in zip(rows.split(step), normed.split(step), strict=True):
+        wide = part if part.dtype == torch.float64 else part.float()
+        share = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        torch.mul((wide * share).to(x.dtype), weight, out=to)
+    return rows, normed

@@ -101,6 +101,19 @@ def gather_many_reference(
 
 
 @register_reference
+def gather_rms_norm_reference(
+    x: Tensor, index: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Rows of x, and what transformers' RMSNorm makes of them: rounded once as they get length 1,
+    and once more when multiplied by the weight.
+    """
+    rows = x.index_select(0, index)
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    unit = wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return rows, weight * unit.to(x.dtype)
+
+
+@register_reference
 def gather_tokens_backward_reference(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
     """Gradient of `gather_tokens`: a row that was taken twice gets both gradients."""
     wide = grad if grad.dtype == torch.float64 else grad.float()

@@ -6,11 +6,13 @@ from hico_kernels.select.triton_gather import (
     gather_tokens_backward,
     uniform_indices,
 )
+from hico_kernels.select.triton_norm import gather_rms_norm
 from hico_kernels.select.triton_scores import text_guided_scores, text_guided_scores_rotary
 from hico_kernels.select.triton_topk import select_topk
 
 __all__ = [
     "gather_many",
+    "gather_rms_norm",
     "gather_tokens",
     "gather_tokens_backward",
     "select_topk",

@@ -39,6 +39,13 @@ def _merge_backward(dtype: torch.dtype) -> Iterator[tuple]:
     yield (grad, into, merged.float(), into.float()), {}
 
 
+def _layer_norm_metric(dtype: torch.dtype) -> Iterator[tuple]:
+    for name in ("umt224_clip", "internvideo2_clip", "siglip_frame"):
+        s = CLIPS[name]
+        w = _empty(s.channels, dtype=dtype)
+        yield (_empty(16, s.tokens, s.channels, dtype=dtype), w, w, 1e-6, s.heads), {}
+
+
 def _text_guided_scores(dtype: torch.dtype) -> Iterator[tuple]:
     for rows, keys in ((1, 16000), (16, 16000), (100, 4096)):
         q, k = _empty(rows, 28, 128, dtype=dtype), _empty(keys, 4, 128, dtype=dtype)
@@ -71,6 +78,12 @@ def _gather_many(dtype: torch.dtype) -> Iterator[tuple]:
     x, index = _empty(16000, 3584, dtype=dtype), _empty(8000, dtype=torch.int64)
     tables = [_empty(16000, 128, dtype=dtype) for _ in range(2)]
     yield (x, index, [_empty(16000, dtype=torch.int64), *tables], cu_seqlens([9000, 7000])), {}
+
+
+def _gather_rms_norm(dtype: torch.dtype) -> Iterator[tuple]:
+    for width in (1536, 3584, 8192):
+        x, index = _empty(16000, width, dtype=dtype), _empty(8000, dtype=torch.int64)
+        yield (x, index, _empty(width, dtype=dtype), 1e-6), {}
 
 
 def _gather_tokens_backward(dtype: torch.dtype) -> Iterator[tuple]:

@@ -78,6 +78,14 @@ def merge_backward(grad: Tensor, assignment: Tensor, merged: Tensor, sizes: Tens
     return Cost(_size(grad, assignment, merged, sizes) + rows * grad.element_size(), rows)
 
 
+@_cost_of("layer_norm_metric")
+def layer_norm_metric(x: Tensor, weight: Tensor, bias: Tensor, eps: float, num_heads: int) -> Cost:
+    """Tokens in and out, the metric out; mean, variance, scaling and mean over heads."""
+    wide = 8 if x.element_size() == 8 else 4
+    metric = x.numel() // num_heads * wide
+    return Cost(_size(x, x, weight, bias) + metric, 8 * x.numel())
+
+
 @_cost_of("text_guided_scores")
 def text_guided_scores(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, _) -> Cost:
     """Keys in once, scores out; one product per row, head and key."""
@@ -120,6 +128,13 @@ def gather_many(x: Tensor, index: Tensor, more: list[Tensor], cu_seqlens: Tensor
     again = len(more) * _size(index)  # which is read once
     ends = 0 if cu_seqlens is None else _size(cu_seqlens) + 4 * cu_seqlens.numel()
     return Cost(sum(several) - again + ends, 0)
+
+
+@_cost_of("gather_rms_norm")
+def gather_rms_norm(x: Tensor, index: Tensor, weight: Tensor, _) -> Cost:
+    """The taken rows in and out, and out once more; four operations a number."""
+    out = len(index) * x.shape[1]
+    return Cost(gather_tokens(x, index).bytes + out * x.element_size() + _size(weight), 4 * out)
 
 
 @_cost_of("gather_tokens_backward")

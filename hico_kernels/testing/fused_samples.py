@@ -74,3 +74,39 @@ def gather_many(device: str, dtype: torch.dtype) -> Samples:
     yield from _strided(x, rising, [places], ends)
     stepped = [d.normal(40, 4, 6)[:, ::2, 1:], d.whole(0, 9, 80)[::2], d.normal(6, 40).mT]
     yield Sample("more-strided", (x, rising, stepped, ends.repeat_interleave(2)[::2]))
+
+
+def gather_rms_norm(device: str, dtype: torch.dtype) -> Samples:
+    """x [S, C], index [M], weight [C], eps."""
+    d = Draw(device, dtype, seed=11)
+    x, index, weight = d.normal(40, 24), d.whole(0, 40, 17), 1 + d.normal(24) / 4
+    yield Sample("usual", (x, index, weight, 1e-6))
+    yield Sample("all_one_row", (x, index[:1].expand(9), weight, 1e-6))
+    yield Sample("odd_width", (d.normal(40, 7), index, d.normal(7), 1e-5))
+    yield Sample("wide", (d.normal(9, 4099), d.whole(0, 9, 5), d.normal(4099), 1e-6))
+    yield Sample("one_channel", (d.normal(40, 1), index, d.normal(1), 1e-6))
+    sizes = torch.tensor([1e-4, 1.0, 1e3], device=device).to(dtype).repeat(14)[:40, None]
+    yield Sample("small_and_large", (x * sizes, index, weight, 1e-6))
+    yield Sample("zeros", (0 * x, index, weight, 1e-6))
+    yield Sample("large", (d.normal(4000, 128), d.whole(0, 4000, 3000), d.normal(128), 1e-6))
+    yield Sample("nothing_taken", (x, index[:0], weight, 1e-6))
+    yield Sample("no_rows", (x[:0], index[:0], weight, 1e-6))
+    yield Sample("no_channels", (x[:, :0], index, weight[:0], 1e-6))
+    yield from _strided(x, index, weight, 1e-6)
+
+
+def layer_norm_metric(device: str, dtype: torch.dtype) -> Samples:
+    """x [N, T, C], weight [C], bias [C], eps, num_heads."""
+    d = Draw(device, dtype, seed=12)
+    x, weight, bias = d.normal(2, 9, 24), 1 + d.normal(24) / 4, d.normal(24)
+    for heads in (4, 1, 3, 24):
+        yield Sample(f"h{heads}", (x, weight, bias, 1e-6, heads))
+    yield Sample("far_from_zero", (x + 30, weight, bias, 1e-6, 4))
+    yield Sample("siglip", (d.normal(1, 3, 1152), d.normal(1152), d.normal(1152), 1e-6, 16))
+    yield Sample("internvideo2", (d.normal(1, 3, 1408), d.normal(1408), d.normal(1408), 1e-6, 16))
+    yield Sample("large", (d.normal(4, 300, 256), d.normal(256), d.normal(256), 1e-5, 4))
+    yield Sample("equal_channels", (x[..., :1].expand(-1, -1, 24), weight, bias, 1e-6, 4))
+    yield Sample("no_clips", (x[:0], weight, bias, 1e-6, 4))
+    yield Sample("no_tokens", (x[:, :0], weight, bias, 1e-6, 4))
+    yield Sample("no_channels", (x[..., :0], weight[:0], bias[:0], 1e-6, 4))
+    yield from _strided(x, weight, bias, 1e-6, 4)

@@ -132,6 +132,12 @@ SPECS = {
         OpSpec("bipartite_soft_matching", hk.bipartite_soft_matching, _s.bipartite_soft_matching),
         OpSpec("merge_apply", _merge_apply, _s.merge_apply, ("x",)),
         OpSpec("merge_backward", _merge_backward, _s.merge_backward),
+        OpSpec(
+            "layer_norm_metric",
+            hk.layer_norm_metric,
+            _f.layer_norm_metric,
+            ("x", "weight", "bias"),
+        ),
         OpSpec("text_guided_scores", hk.text_guided_scores, _s.text_guided_scores),
         OpSpec(
             "text_guided_scores_rotary", _text_guided_scores_rotary, _f.text_guided_scores_rotary
@@ -140,6 +146,7 @@ SPECS = {
         OpSpec("uniform_indices", hk.uniform_indices, _s.uniform_indices, dtypes=FLOATS[:1]),
         OpSpec("gather_tokens", hk.gather_tokens, _s.gather_tokens, ("x",)),
         OpSpec("gather_many", _gather_many, _f.gather_many, ("x", "more")),
+        OpSpec("gather_rms_norm", hk.gather_rms_norm, _f.gather_rms_norm, ("x", "weight")),
         OpSpec("gather_tokens_backward", _gather_tokens_backward, _s.gather_tokens_backward),
         OpSpec("ragged_attention", hk.ragged_attention, _a.ragged_attention, ("q", "k", "v")),
         OpSpec(

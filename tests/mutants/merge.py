@@ -130,3 +130,26 @@ on_changed(
     "merge_backward", "forgets_to_divide", lambda g, to, n, s: (g, to, torch.ones_like(n), s)
 )
 on_changed("merge_backward", "divides_by_the_neighbour", lambda g, to, n, s: (g, to, n.roll(1), s))
+
+
+# --- the norm before ------------------------------------------------------------------------------
+
+
+@wrong("layer_norm_metric", "metric_of_what_came_in", source="x")
+@wrong("layer_norm_metric", "metric_before_rounding", source="unrounded")
+@wrong("layer_norm_metric", "groups_of_neighbouring_channels", neighbours=True)
+@wrong("layer_norm_metric", "sums_over_heads", mean=False)
+@wrong("layer_norm_metric", "unbiased_variance", off=1)
+@wrong("layer_norm_metric", "mean_left_in", centred=False)
+def norm(x, weight, bias, eps, num_heads, **slip):
+    wide = x if x.dtype == torch.float64 else x.float()
+    middle = wide - wide.mean(-1, keepdim=True)
+    share = middle.square().sum(-1, keepdim=True) / max(x.shape[2] - slip.get("off", 0), 1)
+    unit = (middle if slip.get("centred", True) else wide) / (share + eps).sqrt()
+    unrounded = unit * weight.to(wide.dtype) + bias.to(wide.dtype)
+    y = unrounded.to(x.dtype)
+    of = {"x": wide, "y": y.to(wide.dtype), "unrounded": unrounded}[slip.get("source", "y")]
+    parts = of.unflatten(-1, (num_heads, x.shape[2] // num_heads))
+    if slip.get("neighbours"):
+        parts = of.unflatten(-1, (x.shape[2] // num_heads, num_heads)).mT
+    return y, parts.mean(-2) if slip.get("mean", True) else parts.sum(-2)

@@ -162,6 +162,21 @@ for _slip in (others_not_gathered, bounds_left, bounds_above, bounds_in_int64):
     on_result("gather_many", _slip.__name__, _slip)
 
 
+@wrong("gather_rms_norm", "mean_taken_off", centre=True)
+@wrong("gather_rms_norm", "eps_outside_of_the_root", outside=True)
+@wrong("gather_rms_norm", "squares_in_the_dtype_of_x", narrow=True)
+@wrong("gather_rms_norm", "padded_mean", padded=True)
+def normalise(x, index, weight, eps, **slip):
+    rows = x[index]
+    wide = rows if slip.get("narrow") or x.dtype == torch.float64 else rows.float()
+    wide = wide - wide.mean(-1, keepdim=True) if slip.get("centre") else wide
+    square = wide.square().mean(-1, keepdim=True)
+    if slip.get("padded"):
+        square = square * x.shape[1] / (1 << (x.shape[1] - 1).bit_length())
+    unit = wide / (square.sqrt() + eps if slip.get("outside") else (square + eps).sqrt())
+    return rows, unit.to(x.dtype) * weight
+
+
 @wrong("gather_tokens_backward", "last_gradient_wins", add=False)
 @wrong("gather_tokens_backward", "adds_in_the_dtype_of_grad", add=True)
 def scatter(grad, index, num_rows, add):
