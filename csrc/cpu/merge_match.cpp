@@ -49,10 +49,15 @@ void match_round(const float* metric, int64_t t, int64_t d, int64_t r, Protected
 
   std::iota(order.begin(), order.end(), 0);
   if (r < na) {  // else every token of side a merges and its order does not matter
-    std::sort(order.begin(), order.end(), [&](int32_t i, int32_t j) {
+    const auto better = [&](int32_t i, int32_t j) {
       return best[i] > best[j] || (best[i] == best[j] && i < j);
-    });
-    if (keep.class_token) std::sort(order.begin() + r, order.end());
+    };
+    if (keep.class_token) {  // those that stay keep their places: which merge is all that counts
+      std::nth_element(order.begin(), order.begin() + r, order.end(), better);
+      std::sort(order.begin() + r, order.end());
+    } else {
+      std::sort(order.begin(), order.end(), better);
+    }
   }
   const int64_t stay = na - r + first_a;
   const auto target = [&](int64_t j) {  // of the j-th odd token
