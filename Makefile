@@ -15,7 +15,7 @@ demo: $(READY)  ## a real video through the whole flow: a table here, pictures i
 	$(SAY) "running the demo"
 	@$(BIN)/hico demo
 
-test: $(READY) $(VENV)/timm  ## every test, then every benchmark once with timing off
+test: $(READY) $(VENV)/timm $(VENV)/triton-3.6  ## every test, then every benchmark once with timing off
 	$(SAY) "running the tests"
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests
 	$(SAY) "running the tests of timm's towers"
@@ -82,6 +82,10 @@ $(READY): $(NATIVE) | $(BIN)/python
 $(VENV)/timm: | $(READY)
 	@$(BIN)/python -m pip install -q --no-deps --target $@ timm \
 	  $$($(BIN)/python -c 'import torch; print(f"torchvision==0.{int(torch.__version__.split(chr(46))[1]) + 15}.*")')
+
+# The oldest Triton that a supported torch brings: tests/test_aot.py compiles with it, too.
+$(VENV)/triton-3.6: | $(READY)
+	@$(BIN)/python -m pip install -q --no-deps --target $@ 'triton==3.6.*'
 
 clean:  ## everything that was built, not the virtual environment
 	rm -rf build *.egg-info hico_kernels/*.so $(READY)

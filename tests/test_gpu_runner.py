@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 
 from hico_kernels import ops
 from hico_kernels.testing import gpu, gpu_table
@@ -109,15 +110,26 @@ def test_the_papers_tables_have_all_of_the_time_when_they_run_alone():
 
 def test_every_operation_and_benchmark_has_its_command():
     parts = gpu.parts(Path("out"))
-    shards = [" ".join(command) for command in parts["tests"].commands]
-    for operation in ops.SCHEMAS:
-        assert sum(f"cuda and {operation}-" in shard for shard in shards) == 1
     words = [w for part in parts.values() for command in part.commands for w in command]
     for word in words:
         if word.endswith(".py"):
             assert (gpu.ROOT / word).exists(), word
     for name in ("merge", "select", "attention"):
         assert str(gpu.ROOT / f"bench/test_{name}.py") in words
+
+
+def test_every_test_of_an_operation_is_in_one_process():
+    commands = gpu.parts(Path("out"))["tests"].commands
+    wanted = [Expression.compile(c[c.index("-k") + 1]) for c in commands if "-k" in c]
+    for operation in ops.SCHEMAS:
+        names = [f"{operation}-mixed-triton-cuda-{dtype}" for dtype in ("f32", "bf16", "f16")]
+        names += [f"{operation}-mixed-reference-cuda-f64", f"{operation}-triton-cuda"]
+        for name in names:
+            chosen = [e.evaluate(lambda part, name=name: part in name) for e in wanted]
+            assert sum(chosen) == 1, name
+        on_cpu = f"{operation}-mixed-triton-cpu-f32"
+        assert not any(e.evaluate(lambda part, name=on_cpu: part in name) for e in wanted)
+    assert set(gpu.SLOW_TO_COMPILE) <= set(ops.SCHEMAS)
 
 
 def test_the_page_shows_limits_and_operations():

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hico_kernels.attention.triton_tiles import LOG2E, load_columns, place_of, product
-from hico_kernels.triton_tiles import bounds, dot, interpreted, sequence_at, slots
+from hico_kernels.triton_tiles import architecture, bounds, dot, interpreted, sequence_at, slots
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -207,6 +207,10 @@ def tiles_of(q: Tensor) -> dict[str, int]:
     else:
         m, n, warps, stages = 32, 32, 8, 1
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if not interpreted() and part == width <= 128 and (n == 32 or architecture() >= 100):
+        # Two programs on a multiprocessor. Left alone, the ptxas of Triton 3.6 stops at that limit
+        # with a value spilled; told of it, it does without, like the one of 3.9.
+        options["maxnreg"] = 128
     return {"BLOCK_D": width, "PART": part, "M": m, "N": n, **options}
 
 
@@ -249,7 +253,10 @@ def ragged_attention_backward(
     shape = {"H": heads, "G": groups, "D": width, "CAUSAL": causal, "BIAS": key_bias is not None}
     if rows:
         programs = (slots(rows, sequences, tiles["M"]), heads)
-        dq_kernel[programs](*read, dq, *rest, **shape, **tiles)
+        own = dict(tiles)
+        if tiles["PART"] < tiles["BLOCK_D"] <= 128:
+            own["num_stages"] = 2  # float32: with one, Triton 3.6 spills
+        dq_kernel[programs](*read, dq, *rest, **shape, **own)
     if keys:
         programs = (slots(keys, sequences, tiles["N"]), groups)
         dkv_kernel[programs](*read, dk, dv, *rest, **shape, **tiles)

@@ -15,6 +15,8 @@ from torch import Tensor
 from hico_kernels.attention.triton_tiles import LOG2E, LOWEST, load_columns, place_of, product
 from hico_kernels.triton_tiles import architecture, bounds, dot, interpreted, sequence_at, slots
 
+_OLD = triton.__version__.startswith("3.6.")  # its ptxas is the one of CUDA 12.8
+
 
 @triton.jit
 def attend(
@@ -143,6 +145,8 @@ def ragged_attention(
     if not rows or not sequences:
         return out, lse
     tiles = tiles_of(q)
+    if _OLD and tiles["BLOCK_D"] <= 64 and key_bias is None and architecture() >= 100:
+        tiles["maxnreg"] = 128  # it stops there by itself, with a value spilled
     forward_kernel[(slots(rows, sequences, tiles["M"]), heads)](
         q, k, v, key_bias, out, lse, cu_seqlens_q, cu_seqlens_k,
         sequences, rows, k.shape[0], scale * LOG2E, *q.stride(), *k.stride(), *v.stride(),

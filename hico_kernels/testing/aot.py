@@ -1,5 +1,6 @@
 """Compiles what the Triton implementations launch, without a GPU: ``python -m
-hico_kernels.testing.aot`` prints a JSON list with the resources of every kernel.
+hico_kernels.testing.aot`` prints JSON with the resources of every kernel; with numbers such
+as 90 behind it only for those architectures.
 
 The functions of triton.py run on tensors of real shapes (aot_cases.py); Triton sees a driver that
 knows an architecture and nothing else, and compiles each launch instead of making it. So block
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -106,7 +108,7 @@ def _row(kernel: JITFunction, compiled, capability: int, operation: str, dtype) 
     }
 
 
-def compile_all() -> list[dict]:
+def compile_all(capabilities: Iterable[int] = tuple(DTYPES)) -> list[dict]:
     """A row for each kernel, architecture, dtype and set of block sizes."""
     rows, seen, now = [], set(), None
     run = JITFunction.run
@@ -120,12 +122,12 @@ def compile_all() -> list[dict]:
         return compiled
 
     JITFunction.run = compile_only
-    for capability, dtypes in DTYPES.items():
+    for capability in capabilities:
         driver.set_active(Architecture(capability))
         for operation in ops.SCHEMAS:
             if not dispatch.has_implementation(operation, "triton"):
                 continue
-            for dtype in dtypes:
+            for dtype in DTYPES[capability]:
                 for sample in cases(operation, dtype):
                     now = (capability, operation, dtype)
                     implementation(operation)(*SPECS[operation].arguments(sample))
@@ -133,14 +135,15 @@ def compile_all() -> list[dict]:
     return rows
 
 
-def main() -> int:
+def main(capabilities: list[str]) -> int:
     """Print what was compiled, and the kernels that nothing launched."""
-    rows = compile_all()
+    rows = compile_all(map(int, capabilities) if capabilities else DTYPES)
     launched = {row["kernel"] for row in rows}
     missing = [f"{f.__module__}.{f.__name__}" for f in kernels()]
-    json.dump({"rows": rows, "not_launched": sorted({*missing} - launched)}, sys.stdout, indent=1)
+    found = {"triton": triton.__version__, "rows": rows}
+    json.dump(found | {"not_launched": sorted({*missing} - launched)}, sys.stdout, indent=1)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -41,9 +41,28 @@ class Part:
     needs: tuple[str, ...] = ()  # modules
 
 
+# Their kernels take Triton's compiler the longest: a process for each dtype, and one for the rest.
+SLOW_TO_COMPILE = (
+    "merge_tokens",
+    "text_guided_scores",
+    "ragged_attention",
+    "ragged_attention_backward",
+    "ragged_decode_attention",
+)
+
+
+def selections(operation: str) -> list[str]:
+    """What pytest's -k gets for the tests of an operation on a GPU, in as many processes."""
+    if operation not in SLOW_TO_COMPILE:
+        return [f"cuda and {operation}-"]
+    dtypes = ("cuda-f32", "cuda-bf16", "cuda-f16")  # how names of tests with a dtype end
+    rest = f"cuda and {operation}- and not ({' or '.join(dtypes)})"
+    return [*(f"{operation}- and {dtype}" for dtype in dtypes), rest]
+
+
 def parts(out: Path) -> dict[str, Part]:
     """What there is to do, in order. Tests go side by side, since most of their time is Triton's
-    compiler: a process for each operation.
+    compiler.
     """
     python = (sys.executable,)
     pytest = (*python, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider")
@@ -66,7 +85,7 @@ def parts(out: Path) -> dict[str, Part]:
         "tests": Part(
             150,
             (
-                *((*pytest, *contracts, "-k", f"cuda and {name}-") for name in ops.SCHEMAS),
+                *((*pytest, *contracts, "-k", x) for name in ops.SCHEMAS for x in selections(name)),
                 (*pytest, *others),
             ),
             ("pytest", "triton"),
