@@ -13,6 +13,7 @@ from test_patch_docs import Processor
 
 from hico_kernels.patch.families import FAMILIES
 from hico_kernels.patch.prellm import LAYOUTS
+from hico_kernels.tome.towers import TOWERS
 
 TEXT = (Path(__file__).parents[1] / "docs" / "tome.md").read_text()
 SECTIONS = dict(re.findall(r"^##+ ([^\n]+)\n(.*?)(?=^##|\Z)", TEXT, re.DOTALL | re.MULTILINE))
@@ -62,6 +63,12 @@ def test_every_kind_has_an_example():
     assert set(SECTIONS) == {*HF, *PACKED, *TIMM, *VIDEO, *OTHERS}
     assert set(HF.values()) == set(towers.HF) - {"internvl_norms"}
     assert set(PACKED.values()) == set(towers.PACKED)
+
+
+def test_every_tower_is_in_the_table():
+    table = re.findall(r"^\| (?!class)(.*?) \|", SECTIONS["Towers"], re.MULTILINE)
+    named = [name for row in table for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(name for towers in TOWERS.values() for name in towers)
 
 
 def test_the_example_of_a_tower_runs():

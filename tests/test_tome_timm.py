@@ -3,7 +3,6 @@
 import pytest
 import tome_towers as towers
 import torch
-from test_tome import blocks_of, check, equal, refused
 
 from hico_kernels import tome
 from hico_kernels.tome import UnsupportedModel
@@ -24,6 +23,7 @@ def imported():
 
 timm, _library = imported()  # the operators live as long as it
 
+from test_tome import blocks_of, check, equal, refused  # noqa: E402  some models need torchvision
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.eva import Eva  # noqa: E402
 from timm.models.vision_transformer import (  # noqa: E402
@@ -103,8 +103,10 @@ def test_merging_r_pairs_is_what_the_equations_say(name, r, order):
     kind = TIMM[name]
     tower, inputs = towers.tower(kind), towers.inputs(kind)
     handle = tome.patch(tower, r=r, order=order)
-    check(tower, kind, inputs, r, handle, order=order)
-    assert tower.forward_features(inputs["x"]).shape[1] == handle.sizes.shape[1]
+    seen = check(tower, kind, inputs, r, handle, order=order)
+    features = tower.forward_features(inputs["x"])
+    assert torch.equal(features, tower.norm(seen["tokens"]))
+    assert torch.equal(tower.forward_head(features), seen["output"])
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -132,8 +134,19 @@ def test_r_0_and_remove_leave_every_bit_as_it_was(name):
 @pytest.mark.parametrize("pool", ["map", "avg", "avgmax"])
 @torch.no_grad()
 def test_equal_patches_merge_without_a_trace(tokens, pool):
-    kind = tower_of(of(VisionTransformer, global_pool=pool, no_embed_class=True, **tokens), 0)
-    tower = towers.tower(kind)
+    without_a_trace(of(VisionTransformer, global_pool=pool, no_embed_class=True, **tokens))
+
+
+@pytest.mark.parametrize("tokens", [{"class_token": False}, {"num_reg_tokens": 3}], ids=str)
+@pytest.mark.parametrize("pool", ["map", "avg", "avgmax"])
+@torch.no_grad()
+def test_equal_patches_merge_without_a_trace_in_eva(tokens, pool):
+    without_a_trace(of(Eva, global_pool=pool, no_embed_class=True, init_values=0.3, **tokens))
+
+
+def without_a_trace(make):
+    """A tower that sees no positions; pictures whose patches are of two kinds."""
+    tower = towers.tower(tower_of(make, 0))
     tower.pos_embed.zero_()
     colours = torch.randn(2, 3, 1, 1, dtype=torch.float64)
     picture = torch.where(torch.arange(24)[:, None] < 20, *colours).expand(1, 3, 24, 24)
