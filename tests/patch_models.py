@@ -1,5 +1,6 @@
 """Tiny random models of the families that can be patched, and prompts with video for them."""
 
+import inspect
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -263,11 +264,13 @@ def _gemma4(kinds: str, **more: Any) -> Any:
 def _gemma4_video(batch: int, generator: torch.Generator) -> dict[str, Tensor]:
     """3 frames of 4 x 4 patches; 2 x 2 of them are a token."""
     at = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1)
-    return {
-        "pixel_values_videos": torch.rand(batch * 3, 16, 48, generator=generator),
-        "video_position_ids": at.flatten(0, 1).expand(batch * 3, -1, -1),
-        "num_frames_per_video": torch.full((batch,), 3),
-    }
+    pixels = torch.rand(batch * 3, 16, 48, generator=generator)
+    places = at.flatten(0, 1).expand(batch * 3, -1, -1)
+    more = {"num_frames_per_video": torch.full((batch,), 3)}
+    taken = inspect.signature(transformers.Gemma4Model.forward).parameters
+    if "num_frames_per_video" not in taken:  # an axis for the videos instead
+        pixels, places, more = pixels.unflatten(0, (-1, 3)), places.unflatten(0, (-1, 3)), {}
+    return {"pixel_values_videos": pixels, "video_position_ids": places, **more}
 
 
 def _qwen3_5(kinds: str = "lfffl") -> Any:
@@ -386,6 +389,8 @@ NEEDS = {
 for _name, _config in NEEDS.items():
     if not hasattr(transformers, _config):
         del MODELS[_name]
+if not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
+    MODELS.pop("qwen3_5", None)
 
 
 @cache

@@ -14,6 +14,7 @@ import patch_models as tiny
 import pytest
 import torch
 from torch import nn
+from transformers import cache_utils
 
 import hico_kernels
 from hico_kernels import DropPlan, TextTopK, Uniform, UnsupportedModel
@@ -273,6 +274,18 @@ def test_an_unknown_model_is_refused_with_the_reason(reason):
     assert not found["supported"]
     with pytest.raises(UnsupportedModel, match=reason):
         raise UnsupportedModel(found["reason"])
+
+
+def test_linear_attention_with_a_cache_of_its_own_is_refused(monkeypatch):
+    reason = "this transformers has another cache for linear attention"
+    name = "LinearAttentionLayer"
+    if hasattr(cache_utils, name):  # as in 5.4
+        monkeypatch.delattr(cache_utils, name)
+    model = swapped(layer_types=["full_attention", "linear_attention"] * 2)
+    for layer in model.model.language_model.layers:
+        layer.linear_attn = nn.Identity()
+    with pytest.raises(UnsupportedModel, match=reason):
+        hico_kernels.patch(model, PLAN)
 
 
 def test_supports_says_what_a_plan_may_ask_for(model):

@@ -17,6 +17,11 @@ FROM_0 = DropPlan({0: Uniform(0.75), 1: TextTopK(0.5), 3: TextTopK(2)})
 FROM_1 = DropPlan({1: TextTopK(0.5), 3: Uniform(0.25)})
 PLANS = {"from-0": FROM_0, "from-1": FROM_1}
 
+# Later releases run layers that read keys for the tokens that get logits.
+LAST_ONLY = "gemma4" in tiny.MODELS and hasattr(
+    tiny.decoder(tiny.model("gemma4")), "_maybe_slice_kv_shared_inputs"
+)
+
 every_model = pytest.mark.parametrize("name", NAMES)
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 gemma4 = pytest.mark.skipif("gemma4" not in tiny.MODELS, reason="no Gemma 4 in this transformers")
@@ -26,6 +31,8 @@ qwen3_5 = pytest.mark.skipif("qwen3_5" not in tiny.MODELS, reason="no Qwen3.5 in
 @every_model
 @every_plan
 def test_beam_search(name, plan):
+    if name == "qwen3_5" and tiny.VERSION == (5, 18):
+        pytest.skip("beams of 5.18 differ with a cache and without, unpatched too")
     model, inputs = tiny.model(name), tiny.prompt(name, (0, 3))
     got, handle = patched(model, plan, inputs, num_beams=3)
     assert tiny.difference(got, tiny.reference(model, handle, inputs, num_beams=3)) < 1e-12
@@ -63,6 +70,8 @@ def test_without_a_cache(name, plan):
 @every_model
 def test_prompt_lookup_decoding(name):
     """Rollbacks, and several logits of a call; what has a state transformers itself refuses."""
+    if tiny.VERSION < (5, 18) and name != "qwen3_5":
+        pytest.skip("a full window cannot be rolled back before 5.18")
     model, inputs = tiny.model(name), tiny.prompt(name)
     inputs["input_ids"][0, -3:] = inputs["input_ids"][0, :3]
     plain, _ = patched(model, FROM_0, inputs)
@@ -91,8 +100,8 @@ def rows_run(model):
 
 
 @gemma4
-def test_layers_that_read_keys_run_for_the_last_token_only():
-    """As they do without a patch, for the prompt and for every token after it."""
+def test_layers_that_read_keys_run_for_as_many_tokens_as_without_a_patch():
+    """The last one, for the prompt too."""
     model, inputs = tiny.model("gemma4"), tiny.prompt("gemma4", (0, 4))
     counts, hooks = rows_run(model)
     with hico_kernels.compress(model, FROM_0) as handle:
@@ -100,7 +109,8 @@ def test_layers_that_read_keys_run_for_the_last_token_only():
         report = handle.report()
     for hook in hooks:
         hook.remove()
-    rows = [25, 22, 22, 18, 18, 1, 1]
+    last = 1 if LAST_ONLY else 18
+    rows = [25, 22, 22, 18, 18, last, last]
     assert counts == [[n, 1] for n in rows]
     assert report.rows == [25, 22, 22, 18, 18, 18, 18]  # what they see
 
@@ -168,11 +178,10 @@ def test_flops_and_cache_of_gemma_4_by_hand():
     assert report.rows == rows
     sizes = [8, 16, 8, 8, 16, 8, 16]  # of a head, of which there are 4, and 2 of keys
     shared = [False] * 5 + [True] * 2
-    flops = 2 * (32 * 2 * 8 * 24 + 32 * 4 * 8 + 4 * 8 * 24) * 0  # nothing is scored in layer 0
-    flops += 2 * (32 * 2 * 16 * 24 + 32 * 4 * 16 + 4 * 16 * 24)  # layer 1 scores what it is given
+    flops = 2 * (32 * 2 * 16 * 24 + 32 * 4 * 16 + 4 * 16 * 24)  # layer 1 scores what it is given
     held = 0
     for n, size, no_keys in zip(rows, sizes, shared, strict=True):
-        run = 1 if no_keys else n
+        run = 1 if no_keys and LAST_ONLY else n
         own = 32 * 4 * size * 2 + 3 * 32 * 48 + 2 * 32 * 6  # queries and output, MLP, embedding
         own += 0 if no_keys else 2 * 32 * 2 * size
         flops += 2 * own * run + 4 * 4 * size * visible_pairs(run, n)
@@ -232,7 +241,8 @@ def test_dropped_tokens_are_not_in_the_state():
             normed = layer.input_layernorm(entering[0][row : row + 1, real])
             layer.linear_attn(normed, cache_params=alone)
         for states in ("conv_states", "recurrent_states"):
-            got, want = (getattr(c.layers[2], states)[0] for c in (cache, alone))
+            got, want = (getattr(c.layers[2], states) for c in (cache, alone))
+            got, want = (x[0] if isinstance(x, dict) else x for x in (got, want))
             assert (got[row] - want[0]).abs().max() < 1e-12
 
 

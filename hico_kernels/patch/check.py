@@ -61,7 +61,7 @@ def _compare(model: nn.Module, parts: Parts, plan: DropPlan, rows: Layout) -> di
     visual[:, VISUAL] = True
     beside = None
     if getattr(decoder, "hidden_size_per_layer_input", 0):  # of Gemma 4, from ids
-        beside = decoder.get_per_layer_inputs(ids)
+        beside = decoder.get_per_layer_inputs(ids, embeds)
 
     def run(start: int, stop: int, **more: object) -> object:
         part = slice(start, stop)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 
 from torch import nn
 
@@ -119,9 +120,19 @@ def _why_not(family: Family, decoder: nn.Module) -> str | None:
         for part in ("linear_attn" if kind == LINEAR else "self_attn", "input_layernorm"):
             if not hasattr(layer, part):
                 return f"its layer {index} ({type(layer).__name__}) has no {part}"
+    if LINEAR in kinds and not hasattr(_cache_utils(), "LinearAttentionLayer"):
+        return (
+            "this transformers keeps the state of linear attention in a cache apart; 5.13 does not"
+        )
     if getattr(config, "use_bidirectional_attention", None) == "all":
         return "its attention is not causal (use_bidirectional_attention='all')"
     return why_not_attention(decoder)
+
+
+def _cache_utils() -> ModuleType:
+    from transformers import cache_utils  # with the model, not before
+
+    return cache_utils
 
 
 def why_not_attention(decoder: nn.Module) -> str | None:

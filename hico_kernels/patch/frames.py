@@ -54,7 +54,7 @@ def _items(given: Mapping[str, Any], source: str, parts: Parts) -> list[tuple[in
     at = given.get(f"{kind}_position_ids")
     if at is not None:  # Gemma 4: of every patch, -1 for padding
         side = parts.inner.config.vision_config.pooling_kernel_size
-        return [(1, n) for n in ((at >= 0).all(-1).sum(-1) // side**2).tolist()]
+        return [(1, n) for n in ((at >= 0).all(-1).sum(-1) // side**2).flatten().tolist()]
     if kind == "image" and given.get("image_sizes") is not None:  # of various numbers of tiles
         return [(1, -1)] * len(given["image_sizes"])
     if kind == "image" and pixels.dim() == 5:  # a sequence's images, padded with empty ones

@@ -75,17 +75,18 @@ def _every_token(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
 
 
 def _alone(stock: Callable[..., Tensor], kept: Sequence[Tensor], length: int) -> Callable:
-    """`stock` for the tokens of each sequence that stay; zeros for the others."""
+    """`stock` for the tokens of each sequence that stay, padding as zeros; zeros for the others."""
 
     def forward(
         hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: object
     ) -> Tensor:
+        if attention_mask is not None:
+            hidden_states = hidden_states * attention_mask[..., None]
         out = torch.zeros_like(hidden_states)
         after = torch.arange(length, hidden_states.shape[1], device=hidden_states.device)
         for row, own in enumerate(kept):
             at, one = torch.cat([own, after]), slice(row, row + 1)
-            real = None if attention_mask is None else attention_mask[one, at]
-            out[row, at] = stock(hidden_states[one, at], attention_mask=real, **kwargs)[0]
+            out[row, at] = stock(hidden_states[one, at], **kwargs)[0]
         return out
 
     return forward
