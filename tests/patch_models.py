@@ -273,7 +273,7 @@ def _gemma4_video(batch: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values_videos": pixels, "video_position_ids": places, **more}
 
 
-def _qwen3_5(kinds: str = "lfffl") -> Any:
+def _qwen3_5(kinds: str = "lfffl", experts: bool = False) -> Any:
     """kinds: l, linear attention, or f, full attention, for every layer."""
     vision = {
         **TOWER,
@@ -285,22 +285,29 @@ def _qwen3_5(kinds: str = "lfffl") -> Any:
         "num_position_embeddings": 64,
     }
     names = {"l": "linear_attention", "f": "full_attention"}
+    name, more = "Qwen3_5", {}
+    if experts:
+        name, more = "Qwen3_5Moe", {"num_experts": 4, "num_experts_per_tok": 2}
+        more |= {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
     config = text(
-        "qwen3_5_text",
+        "qwen3_5_moe_text" if experts else "qwen3_5_text",
         layer_types=[names[kind] for kind in kinds],
         linear_key_head_dim=8,
         linear_value_head_dim=8,
         linear_num_key_heads=2,
         linear_num_value_heads=4,
         **mrope([1, 1, 2], mrope_interleaved=True, partial_rotary_factor=1.0),
+        **more,
     )
-    return transformers.Qwen3_5Config(
+    made = getattr(transformers, f"{name}Config")(
         text_config={**config, "num_hidden_layers": len(kinds)},
         vision_config=vision,
         vision_start_token_id=START,
         vision_end_token_id=93,
         **IDS,
     )
+    made._experts_implementation = "eager"  # the default takes no float64
+    return made
 
 
 FRAMES = (3, 3, 16, 16)
@@ -350,9 +357,13 @@ MODELS = {
         kinds="mm_token_type_ids",
     ),
     "qwen3_5": Tiny(_qwen3_5, _patches(1, 2, 4, 6), 2, 6, kinds="mm_token_type_ids"),
+    "qwen3_5_moe": Tiny(
+        lambda: _qwen3_5(experts=True), _patches(1, 2, 4, 6), 2, 6, kinds="mm_token_type_ids"
+    ),
 }
 if hasattr(transformers, "Qwen3_5Config"):
     from transformers.models.qwen3_5 import modeling_qwen3_5
+    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
     def _in_double(stock: Any) -> Any:
         """The gated delta rule, token by token, for float64: `stock` computes in float32."""
@@ -378,19 +389,22 @@ if hasattr(transformers, "Qwen3_5Config"):
 
         return rule
 
-    for _name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
-        setattr(modeling_qwen3_5, _name, _in_double(getattr(modeling_qwen3_5, _name)))
+    for _module in (modeling_qwen3_5, modeling_qwen3_5_moe):
+        for _name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+            setattr(_module, _name, _in_double(getattr(_module, _name)))
 NEEDS = {
     "video_llama_3": "VideoLlama3Config",
     "gemma4": "Gemma4Config",
     "gemma4-experts": "Gemma4Config",
     "qwen3_5": "Qwen3_5Config",
+    "qwen3_5_moe": "Qwen3_5MoeConfig",
 }
 for _name, _config in NEEDS.items():
     if not hasattr(transformers, _config):
         del MODELS[_name]
 if not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
-    MODELS.pop("qwen3_5", None)
+    for _name in ("qwen3_5", "qwen3_5_moe"):
+        MODELS.pop(_name, None)
 
 
 @cache

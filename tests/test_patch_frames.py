@@ -12,7 +12,7 @@ from hico_kernels.patch.frames import frames
 PLAN = DropPlan({1: Uniform(PerFrame(3)), 3: TextTopK(PerFrame(1))})
 # Of 12 or 13 visual tokens. Qwen's videos of 4 pictures are 2 frames; its other "frames" are 3.
 FRAMES = dict.fromkeys(tiny.MODELS, 3) | dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "qwen3_vl"], 2)
-FRAMES |= {"glm4v": 2, "qwen3_5": 2}
+FRAMES |= {"glm4v": 2, "qwen3_5": 2, "qwen3_5_moe": 2}
 
 
 def run(name, inputs, plan=PLAN):

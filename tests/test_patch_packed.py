@@ -18,6 +18,7 @@ ALONE = {
     "gemma4": "layers of Gemma 4 share keys and take embeddings",
     "gemma4-experts": "layers of Gemma 4 share keys and take embeddings",
     "qwen3_5": "linear attention of Qwen3.5 would run on from one sequence into the next",
+    "qwen3_5_moe": "linear attention of Qwen3.5 would run on",
 }
 PACKABLE = [name for name in tiny.MODELS if name not in ALONE]
 UNEVEN = (0, 6, 2)

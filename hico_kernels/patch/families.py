@@ -29,6 +29,11 @@ class Family:
     one_by_one: str | None = None  # why sequences cannot run one behind the other
 
 
+def _qwen3_5(text: str) -> Family:
+    reason = "linear attention of Qwen3.5 would run on from one sequence into the next"
+    return Family("Qwen3.5", (text,), multi_axis=True, one_by_one=reason)
+
+
 _LLAVA_TEXT = ("qwen2", "qwen3", "llama", "mistral")
 FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL", ("qwen2_vl_text",), multi_axis=True),
@@ -54,12 +59,8 @@ FAMILIES = {
     "gemma4": Family(
         "Gemma 4", ("gemma4_text",), one_by_one="layers of Gemma 4 share keys and take embeddings"
     ),
-    "qwen3_5": Family(
-        "Qwen3.5",
-        ("qwen3_5_text",),
-        multi_axis=True,
-        one_by_one="linear attention of Qwen3.5 would run on from one sequence into the next",
-    ),
+    "qwen3_5": _qwen3_5("qwen3_5_text"),
+    "qwen3_5_moe": _qwen3_5("qwen3_5_moe_text"),
 }
 _OFFICIAL = (
     "its own code drops tokens (config.llm_compress_type) and was written for transformers 4.39; "

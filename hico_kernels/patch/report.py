@@ -130,11 +130,14 @@ def _flops(decoder: nn.Module, held: list[list[int]], last: list[int | None]) ->
 
 def _macs(decoder: nn.Module, layer: nn.Module) -> int:
     """Multiply-adds of a row in the matrices of a layer; of experts, those that it is sent to."""
-    total = 0
+    config, total = decoder.config, 0
     for module in layer.modules():
-        own = sum(w.numel() for w in module.parameters(recurse=False) if w.dim() > 1)
-        experts = getattr(module, "num_experts", None)
-        total += own * decoder.config.top_k_experts // experts if experts else own
+        for weight in module.parameters(recurse=False):
+            if weight.dim() == 3 and hasattr(module, "num_experts"):
+                sent = getattr(config, "top_k_experts", None) or config.num_experts_per_tok
+                total += weight.numel() * sent // module.num_experts
+            elif weight.dim() > 1:
+                total += weight.numel()
     return total
 
 
