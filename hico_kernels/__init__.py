@@ -12,6 +12,7 @@ from hico_kernels.merge import (
     MergedTokens,
     bipartite_soft_matching,
     layer_norm_metric,
+    merge_similar,
     merge_tokens,
 )
 from hico_kernels.native import load as _load
@@ -50,6 +51,7 @@ __all__ = [
     "gather_rms_norm",
     "gather_tokens",
     "layer_norm_metric",
+    "merge_similar",
     "merge_tokens",
     "patch",
     "presets",

@@ -84,9 +84,14 @@ def _bipartite_soft_matching(metric, r, class_token, distill_token, **_) -> int:
     return 2 * n * (t - t // 2 - class_token) * (t // 2 - distill_token) * width
 
 
+def _merge_similar(x, metric, r, sizes, other, front, class_token, distill_token, *_, **__) -> int:
+    return _bipartite_soft_matching(metric[:, front:], r, class_token, distill_token)
+
+
 FORMULAS: dict[str, Callable[..., int]] = {  # by operation; the others multiply no matrices
     "merge_tokens": _merge_tokens,
     "bipartite_soft_matching": _bipartite_soft_matching,
+    "merge_similar": _merge_similar,
     "text_guided_scores": _text_guided_scores,
     "text_guided_scores_rotary": _text_guided_scores,
     "ragged_attention": _ragged_attention,

@@ -37,6 +37,8 @@ _DTYPES = {
     ("merge_apply", "triton"): _GPU,
     ("merge_backward", "cpu"): _NARROW,
     ("merge_backward", "triton"): _GPU,
+    ("merge_similar", "cpu"): _NARROW,
+    ("merge_similar", "triton"): _GPU,
     ("merge_tokens", "cpu"): _NARROW,
     ("merge_tokens", "triton"): _GPU,
     ("ragged_attention", "cpu"): _NARROW,

@@ -135,6 +135,35 @@ def merge_apply(
     return x.new_empty(n, num_tokens, c), x.new_empty(n, num_tokens, dtype=dtype)
 
 
+@_op(
+    "(Tensor x, Tensor metric, SymInt r, Tensor? sizes, Tensor? other, SymInt front,"
+    " bool class_token, bool distill_token, bool spatial)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def merge_similar(
+    x: Tensor,
+    metric: Tensor,
+    r: int,
+    sizes: Tensor | None,
+    other: Tensor | None,
+    front: int,
+    class_token: bool,
+    distill_token: bool,
+    spatial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [N, T, C], metric [N, T, D], sizes [N, T], other [N, T, E] -> tokens [N, K, C], sizes
+    [N, K], int32 assignment [N, T] and places [N, K], other [N, K, E] or [0]; K = T - r.
+    """
+    n, t, c = x.shape
+    return (
+        x.new_empty(n, t - r, c),
+        x.new_empty(n, t - r, dtype=torch.int32 if sizes is None else sizes.dtype),
+        x.new_empty(n, t, dtype=torch.int32),
+        x.new_empty(n, t - r, dtype=torch.int32),
+        x.new_empty(0) if other is None else other.new_empty(n, t - r, other.shape[2]),
+    )
+
+
 @_op("(Tensor grad, Tensor assignment, Tensor merged_sizes, Tensor? sizes) -> Tensor")
 def merge_backward(
     grad: Tensor, assignment: Tensor, merged_sizes: Tensor, sizes: Tensor | None

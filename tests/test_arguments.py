@@ -65,6 +65,22 @@ MERGE = {
         lambda: merge(metric=X, num_heads=2)
     ),
     "ValueError: metric must be [N, T, D], got shape (9, 8)": lambda: match(X[0]),
+    "ValueError: metric must be of 2 x 9 tokens like x, got (2, 8, 8)": (
+        lambda: hk.merge_similar(X, X[:, 1:], 1)
+    ),
+    "TypeError: metric must be a tensor [N, T, D], got NoneType": (
+        lambda: hk.merge_similar(X, None, 1)
+    ),
+    "ValueError: other must be of 2 x 9 tokens like x, got (1, 9, 8)": (
+        lambda: hk.merge_similar(X, X, 1, other=X[:1])
+    ),
+    "ValueError: front must be in [0, 9], the tokens of x, got 10": (
+        lambda: hk.merge_similar(X, X, 1, front=10)
+    ),
+    "ValueError: order must be 'spatial' or 'matching', got 'input'": (
+        lambda: hk.merge_similar(X, X, 1, order="input")
+    ),
+    "ValueError: sizes must be (2, 9), got (2, 2)": lambda: hk.merge_similar(X, X, 1, X[:, :2, 0]),
     "TypeError: weight must have the dtype of x, torch.float32, got torch.float64": (
         lambda: hk.layer_norm_metric(X, X[0, 0].double(), X[0, 0], 1e-6, 2)
     ),

@@ -25,6 +25,8 @@ merge_tokens(Tensor x, SymInt num_tokens, SymInt num_heads, Tensor? metric=None)
     -> (Tensor, Tensor, Tensor)
 bipartite_soft_matching(Tensor metric, SymInt r, bool class_token, bool distill_token) -> Tensor
 merge_apply(Tensor x, Tensor assignment, SymInt num_tokens, Tensor? sizes) -> (Tensor, Tensor)
+merge_similar(Tensor x, Tensor metric, SymInt r, Tensor? sizes, Tensor? other, SymInt front,
+    bool class_token, bool distill_token, bool spatial) -> (Tensor, Tensor, Tensor, Tensor, Tensor)
 merge_backward(Tensor grad, Tensor assignment, Tensor merged_sizes, Tensor? sizes) -> Tensor
 layer_norm_metric(Tensor x, Tensor weight, Tensor bias, float eps, SymInt num_heads)
     -> (Tensor, Tensor)

@@ -60,6 +60,16 @@ def matching_calls(gradient):
         yield normal(n, t, 8), clips(n, t, gradient=gradient), 1 + normal(n, t).abs(), r
 
 
+def similar_calls(gradient):
+    for (metric, x, sizes, r), c in zip(matching_calls(gradient), (7, 9, 10), strict=True):
+        yield x, metric, r, sizes, normal(*x.shape[:2], c, gradient=gradient)
+
+
+def merge_similar(x, metric, r, sizes, other):
+    step = hk.merge_similar(x, metric, r, sizes, other=other, class_token=True)
+    return step.tokens, step.other, step.sizes, step.matching.assignment, step.places
+
+
 def gather_calls(gradient):
     for rows, index in ((10, [1, 2]), (20, [3, 3, 0]), (30, [4, 1, 2, 9])):
         yield normal(rows, 7, gradient=gradient), torch.tensor(index)
@@ -155,6 +165,7 @@ FUNCTIONS = {
     "merge_by_metric": (merge_by_metric, merging_calls_with_metric),
     "match_merge_unmerge": (match_merge_unmerge, matching_calls),
     "gather_tokens": (hk.gather_tokens, gather_calls),
+    "merge_similar": (merge_similar, similar_calls),
     "gather_many": (gather_many, many_calls),
     "gather_rms_norm": (gather_rms_norm, norm_calls),
     "layer_norm_metric": (layer_norm_metric, metric_calls),
@@ -167,7 +178,7 @@ FUNCTIONS = {
     "uniform_indices": (hk.uniform_indices, lambda _: ((10, 5), (20, 7), (30, 9))),
     "ragged_decode_attention": (hk.ragged_decode_attention, decode_calls),
 }
-DIFFERENTIABLE = tuple(FUNCTIONS)[:10]
+DIFFERENTIABLE = tuple(FUNCTIONS)[:11]
 
 
 def compiled(function):

@@ -11,7 +11,7 @@ from hico_kernels import checks
 from hico_kernels.dispatch import overload
 from hico_kernels.merge import cpu as _cpu  # noqa: F401  registers what is made of torch's kernels
 from hico_kernels.merge import reference as _reference  # noqa: F401  registers the references
-from hico_kernels.merge.autograd import LayerNormMetric, MergeApply, MergeTokens
+from hico_kernels.merge.autograd import LayerNormMetric, MergeApply, MergeSimilar, MergeTokens
 
 
 class MergedTokens(NamedTuple):
@@ -71,6 +71,21 @@ def merge_tokens(
     return MergedTokens(*MergeTokens.apply(x, num_tokens, num_heads, metric, impl))
 
 
+def _weights(sizes: Tensor | None, x: Tensor) -> Tensor | None:
+    """Sizes of the tokens x [N, T, C], as the operations take them."""
+    if sizes is None:
+        return None
+    checks.tensor("sizes", sizes, "[N, T]", floating=False)
+    if not sizes.is_floating_point() and sizes.dtype not in (int32, int64):
+        raise TypeError(f"sizes must be floating point, int32 or int64, got {sizes.dtype}")
+    checks.same("sizes", sizes, "x", x, dtype=False)
+    if sizes.shape != x.shape[:2]:
+        raise ValueError(f"sizes must be {tuple(x.shape[:2])}, got {tuple(sizes.shape)}")
+    if not sizes.is_floating_point():
+        return sizes
+    return sizes.detach().to(float64 if x.dtype == float64 else float32)  # half cannot count
+
+
 def layer_norm_metric(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, num_heads: int, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -116,18 +131,7 @@ class Matching:
             expected = f"[N, T, C] with N, T = {tuple(self.assignment.shape)}"
             raise ValueError(f"x must be {expected}, got {tuple(x.shape)}")
         checks.same("x", x, "the matching", self.assignment, dtype=False)
-        if sizes is not None:
-            checks.tensor("sizes", sizes, "[N, T]", floating=False)
-            if not sizes.is_floating_point() and sizes.dtype not in (int32, int64):
-                raise TypeError(f"sizes must be floating point, int32 or int64, got {sizes.dtype}")
-            checks.same("sizes", sizes, "x", x, dtype=False)
-            if sizes.shape != self.assignment.shape:
-                raise ValueError(
-                    f"sizes must be {tuple(self.assignment.shape)}, got {tuple(sizes.shape)}"
-                )
-        weights = sizes
-        if sizes is not None and sizes.is_floating_point():  # half precision cannot count
-            weights = sizes.detach().to(float64 if x.dtype == float64 else float32)
+        weights = _weights(sizes, x)
         tokens, merged = MergeApply.apply(x, self.assignment, self.num_tokens, weights, impl)
         return tokens, merged if sizes is None else merged.to(sizes.dtype)
 
@@ -176,3 +180,68 @@ def bipartite_soft_matching(
     metric = metric.detach()
     run = overload("bipartite_soft_matching", impl, metric)
     return Matching(run(metric, r, class_token, distill_token), t - r)
+
+
+class MergedStep(NamedTuple):
+    """What `merge_similar` returns."""
+
+    tokens: Tensor  # [N, K, C], dtype of x
+    sizes: Tensor  # [N, K] int32, or the dtype given
+    matching: Matching
+    places: Tensor  # [N, K] int32, the token whose place each has: the target of a merge, or itself
+    other: Tensor | None  # [N, K, E]
+
+
+def merge_similar(
+    x: Tensor,
+    metric: Tensor,
+    r: int,
+    sizes: Tensor | None = None,
+    *,
+    other: Tensor | None = None,
+    front: int = 0,
+    class_token: bool = False,
+    distill_token: bool = False,
+    order: str = "spatial",
+    impl: str = "auto",
+) -> MergedStep:
+    """`bipartite_soft_matching` and `Matching.merge` of x in one operation: a whole step inside a
+    ViT block, one launch on a GPU for up to 1024 tokens with a metric of up to 128 numbers.
+
+    x [N, T, C], metric [N, T, D], r, sizes [N, T] (None: all ones), class_token, distill_token: as
+    there -> a `MergedStep` of K = T - r tokens. other [N, T, E] is merged in the same way, such as
+    what attention adds to x. front: tokens before the class token, such as registers, that take no
+    part and stay in front. order: "spatial" leaves tokens in the order of the input, a merged one
+    at the place of its target; "matching" in that of `bipartite_soft_matching`. Matching is in
+    float32 (float64 for float64 x). Differentiable in x and other. impl: as in `merge_tokens`.
+    """
+    checks.tensor("x", x, "[N, T, C]")
+    for name, given in (("metric", metric), ("other", other)):
+        if name == "metric" or given is not None:
+            checks.tensor(name, given, "[N, T, D]" if name == "metric" else "[N, T, E]")
+            checks.same(name, given, "x", x, dtype=False)
+            if given.shape[:2] != x.shape[:2]:
+                expected = f"of {' x '.join(map(str, x.shape[:2]))} tokens like x"
+                raise ValueError(f"{name} must be {expected}, got {tuple(given.shape)}")
+    checks.integer("r", r)
+    checks.integer("front", front)
+    checks.boolean("class_token", class_token)
+    checks.boolean("distill_token", distill_token)
+    if distill_token and not class_token:
+        raise ValueError("distill_token needs class_token: it is the token after the class token")
+    if r < 0:
+        raise ValueError(f"r must be at least 0, got {r}")
+    if not 0 <= front <= x.shape[1]:
+        raise ValueError(f"front must be in [0, {x.shape[1]}], the tokens of x, got {front}")
+    if order not in ("spatial", "matching"):
+        raise ValueError(f"order must be 'spatial' or 'matching', got {order!r}")
+    weights = _weights(sizes, x)
+    protected = front + int(class_token) + int(distill_token)
+    r = min(r, max(x.shape[1] - protected, 0) // 2)
+    rest = (front, class_token, distill_token, order == "spatial")
+    tokens, others, merged, assignment, places = MergeSimilar.apply(
+        x, other, metric.detach(), r, weights, rest, impl
+    )
+    merged = merged if sizes is None else merged.to(sizes.dtype)
+    matching = Matching(assignment, x.shape[1] - r)
+    return MergedStep(tokens, merged, matching, places, None if other is None else others)

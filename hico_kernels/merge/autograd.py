@@ -51,6 +51,28 @@ class MergeApply(torch.autograd.Function):
         return _backward(ctx, grad, assignment, merged, sizes), None, None, None, None
 
 
+class MergeSimilar(torch.autograd.Function):
+    """merge_similar, differentiable in x and other."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, other, metric: Tensor, r: int, sizes, rest: tuple, impl: str):  # noqa: D102
+        run = overload("merge_similar", impl, *(t for t in (x, metric, other) if t is not None))
+        tokens, merged, assignment, places, others = run(x, metric, r, sizes, other, *rest)
+        ctx.impl = impl
+        ctx.save_for_backward(assignment, merged, sizes)
+        ctx.mark_non_differentiable(merged, assignment, places)
+        return tokens, others, merged, assignment, places
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, grad_other: Tensor, *_):  # noqa: D102
+        of_x, of_other = (
+            _backward(ctx, given, *ctx.saved_tensors) if wants else None
+            for given, wants in zip((grad, grad_other), ctx.needs_input_grad[:2], strict=True)
+        )
+        return of_x, of_other, None, None, None, None, None
+
+
 class LayerNormMetric(torch.autograd.Function):
     """layer_norm_metric, differentiable in x, weight and bias, in plain torch and float32; the
     metric is a constant.

@@ -1,11 +1,12 @@
-"""Operations that on the CPU are plain torch, a piece in cache at a time."""
+"""Operations that on the CPU are plain torch, around kernels of csrc/cpu where there are any."""
 
 import torch
 from torch import Tensor
 
+from hico_kernels.merge.places import arranged
 from hico_kernels.ops import register_cpu
 
-_AT_ONCE = 1 << 18  # numbers
+_AT_ONCE = 1 << 18  # numbers that fit in cache
 
 
 @register_cpu
@@ -26,3 +27,31 @@ def layer_norm_metric_cpu(
         to.copy_(centred.mul_(share).mul_(weight).add_(bias))
         means.copy_(to.unflatten(-1, (num_heads, c // num_heads)).mean(dim=-2, dtype=wide))
     return y, metric
+
+
+@register_cpu
+def merge_similar_cpu(
+    x: Tensor,
+    metric: Tensor,
+    r: int,
+    sizes: Tensor | None,
+    other: Tensor | None,
+    front: int,
+    class_token: bool,
+    distill_token: bool,
+    spatial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The kernels of matching and merging in turn."""
+    match, merge = (
+        torch.ops.hico.bipartite_soft_matching.default,
+        torch.ops.hico.merge_apply.default,
+    )
+    behind = metric[:, front:]
+    behind = behind if behind.dtype in (torch.float32, torch.bfloat16) else behind.float()
+    inner = match(behind, r, class_token, distill_token)
+    assignment, places = arranged(inner, r, front, spatial)
+    tokens, merged = merge(x, assignment, x.shape[1] - r, sizes)
+    others = x.new_empty(0)
+    if other is not None:
+        others, _ = merge(other, assignment, x.shape[1] - r, sizes)
+    return tokens, merged, assignment, places, others

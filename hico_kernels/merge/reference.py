@@ -127,6 +127,39 @@ def merge_apply_reference(
 
 
 @register_reference
+def merge_similar_reference(
+    x: Tensor,
+    metric: Tensor,
+    r: int,
+    sizes: Tensor | None,
+    other: Tensor | None,
+    front: int,
+    class_token: bool,
+    distill_token: bool,
+    spatial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Match the tokens behind the `front` ones, order what is left, merge x and other."""
+    n, t, _ = x.shape
+    behind = metric[:, front:].to(_wide(x[:0]).dtype)
+    inner = _match(behind, r, class_token, distill_token).long()
+    token = torch.arange(t, device=x.device).expand(n, t)
+    assignment = torch.cat([token[:, :front], inner + front], dim=1)
+    places = token.new_empty(n, t - r)
+    places.scatter_(1, assignment, token)
+    odd = assignment[:, front + 1 :: 2]  # what merges goes to an odd token: that gives the place
+    places.scatter_(1, odd, token[:, front + 1 :: 2])
+    if spatial:
+        places, slots = places.sort(dim=1)
+        assignment = slots.argsort(dim=1).gather(1, assignment)
+    into = assignment.int().contiguous()
+    tokens, merged = merge_apply_reference(x, into, t - r, sizes)
+    others = x.new_empty(0)
+    if other is not None:
+        others, _ = merge_apply_reference(other, into, t - r, sizes)
+    return tokens, merged, into, places.int(), others
+
+
+@register_reference
 def merge_backward_reference(
     grad: Tensor, assignment: Tensor, merged_sizes: Tensor, sizes: Tensor | None
 ) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from hico_kernels.merge import triton_match, triton_mean
+from hico_kernels.merge import triton_match, triton_mean, triton_step
+from hico_kernels.merge.places import arranged
 from hico_kernels.merge.triton_norm import layer_norm_metric
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "layer_norm_metric",
     "merge_apply",
     "merge_backward",
+    "merge_similar",
     "merge_tokens",
 ]
 
@@ -180,6 +182,35 @@ def merge_apply(
         tiles, WEIGHTED=sizes is not None, BK=rows, BR=members, BC=block, **_COUNT,
     )  # fmt: skip
     return tokens, merged
+
+
+def merge_similar(
+    x: Tensor,
+    metric: Tensor,
+    r: int,
+    sizes: Tensor | None,
+    other: Tensor | None,
+    front: int,
+    class_token: bool,
+    distill_token: bool,
+    spatial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [N, T, C], metric [N, T, D], sizes [N, T], other [N, T, E] -> tokens, sizes [N, T - r],
+    assignment [N, T], places [N, T - r], other.
+    """
+    rest = front, class_token, distill_token, spatial
+    most = max(x.shape[1] - front - class_token - distill_token, 0) // 2
+    if not (0 <= front <= x.shape[1] and 0 <= r <= most):
+        raise ValueError(f"r must be in [0, {most}], got {r}")
+    if r and len(x) and triton_step.fits(metric, front):
+        return triton_step.merge_step(x, metric, r, sizes, other, *rest)
+    inner = bipartite_soft_matching(metric[:, front:], r, class_token, distill_token)
+    assignment, places = arranged(inner, r, front, spatial)
+    tokens, merged = merge_apply(x, assignment, x.shape[1] - r, sizes)
+    others = x.new_empty(0)
+    if other is not None:
+        others, _ = merge_apply(other, assignment, x.shape[1] - r, sizes)
+    return tokens, merged, assignment, places, others
 
 
 def merge_backward(

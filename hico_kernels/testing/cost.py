@@ -71,6 +71,21 @@ def merge_apply(x: Tensor, assignment: Tensor, num_tokens: int, sizes: Tensor | 
     return Cost(_size(x, assignment, sizes) + out, x.numel() * (1 if sizes is None else 2))
 
 
+@_cost_of("merge_similar")
+def merge_similar(x, metric, r, sizes, other, front, class_token, distill_token, _) -> Cost:
+    """What goes in, and tokens, sizes, assignment and places out: matching and two merges."""
+    n, t, c = x.shape
+    size = 4 if sizes is None else sizes.element_size()
+    row = c * x.element_size() + (0 if other is None else other.shape[2] * other.element_size())
+    bytes_ = _size(x, sizes, other) + n * ((t - r) * (row + size + 4) + 4 * t)
+    flops = x.numel() * (1 if sizes is None else 2)
+    if r:
+        bytes_ += _size(metric)
+        side = t - front
+        flops += n * 2 * (side - side // 2) * (side // 2) * metric.shape[2]
+    return Cost(bytes_, flops)
+
+
 @_cost_of("merge_backward")
 def merge_backward(grad: Tensor, assignment: Tensor, merged: Tensor, sizes: Tensor | None) -> Cost:
     """The gradient of the merged tokens in, that of all tokens out."""

@@ -110,3 +110,50 @@ def layer_norm_metric(device: str, dtype: torch.dtype) -> Samples:
     yield Sample("no_tokens", (x[:, :0], weight, bias, 1e-6, 4))
     yield Sample("no_channels", (x[..., :0], weight[:0], bias[:0], 1e-6, 4))
     yield from _strided(x, weight, bias, 1e-6, 4)
+
+
+def merge_similar(device: str, dtype: torch.dtype) -> Samples:
+    """x [N, T, C], metric [N, T, D], r, sizes, other; front, class_token, distill_token, order."""
+    d = Draw(device, dtype, seed=13)
+    x, metric = d.normal(2, 17, 20), d.normal(2, 17, 8)
+    sizes, other = d.whole(1, 9, 2, 17, dtype=torch.int32), d.normal(2, 17, 6)
+    kinds = {
+        "plain": (8, {}),
+        "class": (8, {"class_token": True}),
+        "distill": (7, {"class_token": True, "distill_token": True}),
+        "registers": (6, {"front": 3, "class_token": True}),
+        "front": (7, {"front": 2}),
+    }
+    for order in ("spatial", "matching"):
+        for kind, (most, options) in kinds.items():
+            options = {**options, "spatial": order == "spatial"}
+            for r in (3, most):
+                yield Sample(f"{kind}-{order}-r{r}", (x, metric, r, sizes, other), options)
+    yield Sample("unweighted", (x, metric, 5, None, None))
+    yield Sample("float_sizes", (x, metric, 5, sizes.float() / 4, None))
+    yield Sample("sizes_of_own_dtype", (x, metric, 5, sizes.to(dtype), other))
+    yield Sample("zero_sizes", (x, metric, 5, 0 * sizes, None))
+    yield Sample("nothing_merges", (x, metric, 0, sizes, other))
+    tiles = d.normal(1, 301, 40), d.normal(1, 301, 24)  # more tokens than a tile
+    yield Sample("tiles", (*tiles, 100, None, None), {"class_token": True})
+    yield Sample("tiles-matching", (*tiles, 100, None, None), {"spatial": False})
+    yield Sample(
+        "many_members", (d.normal(1, 40, 3), d.directions(1, 40, 2, run=4), 20, None, None)
+    )
+    yield Sample("wide_metric", (x, d.normal(2, 17, 200), 5, sizes, None))
+    yield Sample("metric_in_float32", (x, metric.float(), 5, sizes, None))
+    yield Sample("columns", (d.normal(1, 9, 600), d.normal(1, 9, 4), 3, None, d.normal(1, 9, 530)))
+    large = d.normal(5, 200, 96), d.normal(5, 200, 32)
+    yield Sample("large", (*large, 60, None, None), {"class_token": True})
+    for order in ("spatial", "matching"):
+        ties, options = d.unit_grid(2, 40, 6), {"spatial": order == "spatial"}
+        yield Sample(f"ties-{order}", (d.normal(2, 40, 5), ties, 6, None, None), options)
+    odd = metric.clone()
+    odd[:, 4], odd[:, 9], odd[1, 0] = torch.nan, torch.nan, 0
+    yield Sample("nan_and_zero_metric", (x, odd, 6, sizes, None))
+    yield Sample("all_nan", (x, torch.full_like(metric, torch.nan), 6, sizes, None))
+    yield Sample("no_clips", (x[:0], metric[:0], 5, None, other[:0]))
+    yield Sample("no_tokens", (x[:, :0], metric[:, :0], 0, None, None))
+    yield Sample("no_channels", (x[..., :0], metric, 5, sizes, None))
+    yield Sample("no_width", (x, metric[..., :0], 5, sizes, None))
+    yield from _strided(x, metric, 5, sizes, other)

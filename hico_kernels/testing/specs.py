@@ -94,6 +94,18 @@ def _merge_apply(x, assignment, num_tokens, sizes=None, *, impl="auto"):
     return hk.Matching(assignment, num_tokens).merge(x, sizes, impl=impl)
 
 
+def _merge_similar(
+    x, metric, r, sizes=None, other=None, front=0, class_token=False, distill_token=False,
+    spatial=True, *, impl="auto",
+):  # fmt: skip
+    out = hk.merge_similar(
+        x, metric, r, sizes, other=other, front=front, class_token=class_token,
+        distill_token=distill_token, order="spatial" if spatial else "matching", impl=impl,
+    )  # fmt: skip
+    others = x.new_empty(0) if out.other is None else out.other
+    return out.tokens, out.sizes, out.matching.assignment, out.places, others
+
+
 def _merge_backward(grad, assignment, merged_sizes, sizes=None, *, impl="auto"):
     run = dispatch.overload("merge_backward", impl, grad)
     return run(grad, assignment, merged_sizes, sizes)
@@ -131,6 +143,7 @@ SPECS = {
         OpSpec("merge_tokens", hk.merge_tokens, _s.merge_tokens, ("x",)),
         OpSpec("bipartite_soft_matching", hk.bipartite_soft_matching, _s.bipartite_soft_matching),
         OpSpec("merge_apply", _merge_apply, _s.merge_apply, ("x",)),
+        OpSpec("merge_similar", _merge_similar, _f.merge_similar, ("x", "other")),
         OpSpec("merge_backward", _merge_backward, _s.merge_backward),
         OpSpec(
             "layer_norm_metric",

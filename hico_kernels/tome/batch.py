@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hico_kernels.tome.matching import match
+from hico_kernels.merge import merge_similar
 from hico_kernels.tome.schedule import Settings
 from hico_kernels.tome.towers import Parts
 
@@ -79,13 +79,23 @@ class Batch:
         metric = key.detach().mean(dim=1, dtype=self.wide)
         if self.padded:  # NaN never wins: no real token goes to padding
             metric = metric.masked_fill(self.sizes[..., None] == 0, torch.nan)
-        matching, kept = match(metric, r, self.prefix, self.order)
-        both = [matching.merge(each, self.sizes) for each in (x, update)]
-        self.sizes = both[0][1]
-        self.places = self.places.gather(1, kept)
-        self.assignment = matching.assignment.gather(1, self.assignment.long())
+        # All but the last protected token take no part at all: so with a class token alone, tokens
+        # alternate as in arXiv 2210.09461, and any number of registers is treated alike.
+        step = merge_similar(
+            x,
+            metric,
+            r,
+            self.sizes,
+            other=update,
+            front=max(self.prefix - 1, 0),
+            class_token=self.prefix > 0,
+            order=self.order,
+        )
+        self.sizes = step.sizes
+        self.places = self.places.gather(1, step.places.long())
+        self.assignment = step.matching.assignment.gather(1, self.assignment.long())
         self.merged = True
-        return [tokens for tokens, _ in both]
+        return [step.tokens, step.other]
 
     def unmerge(self, x: Tensor) -> Tensor:
         """x [B, K, ...] -> [B, T, ...]: every token at first has the value of what it went into."""

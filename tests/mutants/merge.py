@@ -132,6 +132,27 @@ on_changed(
 on_changed("merge_backward", "divides_by_the_neighbour", lambda g, to, n, s: (g, to, n.roll(1), s))
 
 
+# --- step of a ViT block --------------------------------------------------------------------------
+
+
+on_changed("merge_similar", "forgets_the_class_token", lambda *a: (*a[:6], False, False, a[8]))
+on_changed("merge_similar", "other_order", lambda *a: (*a[:8], not a[8]))
+on_changed("merge_similar", "unweighted", lambda *a: (*a[:3], None, *a[4:]))
+on_changed("merge_similar", "front_takes_part", lambda *a: (*a[:5], 0, *a[6:]))
+on_changed("merge_similar", "merges_one_less", lambda *a: (*a[:2], max(a[2] - 1, 0), *a[3:]))
+on_result("merge_similar", "other_of_x", lambda y, *a: (*y[:4], y[0][..., : y[4].shape[-1]]))
+on_result(
+    "merge_similar",
+    "a_place_is_that_of_the_first_member",
+    lambda y, *a: (*y[:3], first_members(y[2], y[3]), y[4]),
+)
+
+
+def first_members(assignment, places):
+    k = torch.arange(places.shape[1])
+    return (assignment[:, :, None] == k).int().argmax(dim=1).int()
+
+
 # --- the norm before ------------------------------------------------------------------------------
 
 
