@@ -59,10 +59,12 @@ class LanguageModel(qwen2.Qwen2Weights):
 
         room: how many new tokens the cache shall have place for.  watch: is told of every stretch
         of layers and every drop. Raises ValueError when the plan names a layer that the model lacks
-        or a prompt does not end in text. Never waits for the device, apart from what reference
-        implementations read: all lengths follow from those of the prompts.
+        or merges clips, or a prompt does not end in text. Never waits for the device, apart from
+        what reference implementations read: all lengths follow from those of the prompts.
         """
         plan.check_layers(self.config.num_layers)
+        if plan.pre_llm is not None:
+            raise ValueError(f"plan: pre_llm must be None, clips are merged, got {plan.pre_llm}")
         hidden, rows = self._pack(prompts)
         stretches = _stretches(plan, rows, self.config.num_layers)
         renumber = plan.positions == "renumber"

@@ -56,6 +56,8 @@ class Patched:
             raise TypeError(f"plan must be a DropPlan, got {type(plan).__name__}")
         if plan.per_frame:
             raise ValueError("plan: keep must be a ratio or a count for this model, got PerFrame")
+        if plan.pre_llm is not None:
+            raise ValueError(f"plan: pre_llm must be None, clips are merged, got {plan.pre_llm}")
         plan.check_layers(self.model.config.num_layers)
         self.model.config = replace(self.model.config, plan=plan)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from hico_kernels import DropPlan, TextTopK, Uniform
+from hico_kernels import DropPlan, PreLLM, TextTopK, Uniform
 from hico_model import llm as llm_module
 from hico_model import qwen2
 from hico_model.cache import Cache
@@ -438,6 +438,8 @@ def test_errors_name_the_argument():
     visual = torch.zeros(8, 48)
     with pytest.raises(ValueError, match="layer 7 is out of range, the model has layers 0 to 6"):
         model.prefill([Prompt([], visual, [1])], DropPlan({7: Uniform(0.5)}))
+    with pytest.raises(ValueError, match=r"pre_llm must be None, .* got PreLLM\(merge_to=4"):
+        model.prefill([Prompt([], visual, [1])], DropPlan({}, pre_llm=PreLLM(4)))
     with pytest.raises(ValueError, match=r"keep as a ratio must be in \(0, 1\], got 1.5"):
         Uniform(1.5)
     with pytest.raises(ValueError, match="prompt 1 must end in text"):

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from transformers import cache_utils
 import hico_kernels
 from hico_kernels import DropPlan, TextTopK, Uniform, UnsupportedModel
 from hico_kernels.flops import Decoder
-from hico_kernels.patch import call
+from hico_kernels.patch import call, clock
 
 PLAN = DropPlan({1: Uniform(0.5), 3: TextTopK(0.25)})
 
@@ -175,7 +176,8 @@ def test_the_report_counts_tokens_and_bytes(model, inputs):
     per_token = 2 * 2 * 8 * 8  # key and value, heads, head size, float64
     assert report.kv_bytes == sum(report.rows) * 2 * per_token
     assert report.kv_bytes_saved == (4 * 26 - sum(report.rows)) * 2 * per_token
-    assert set(report.milliseconds) == {"scoring", "compacting"}
+    assert list(report.milliseconds) == ["scoring", "compacting", "attention"]
+    assert min(report.milliseconds.values()) > 0
     assert json.loads(json.dumps(report.as_dict()))["rows"] == report.rows
     lines = str(report).splitlines()
     assert lines[1:4] == [
@@ -184,6 +186,48 @@ def test_the_report_counts_tokens_and_bytes(model, inputs):
         "3             16  3, 3",
     ]
     assert "23% saved" in lines[4]
+    assert re.fullmatch(r"scoring [\d.]+ ms, compacting [\d.]+ ms, attention [\d.]+ ms", lines[-1])
+
+
+def test_the_time_of_attention_is_that_of_all_layers_of_the_prompt(model, inputs, monkeypatch):
+    class Ticking:
+        """Time passes where queries are made, a second in each layer."""
+
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+        def tick(self, *args):
+            self.now += 1.0
+
+    watch = Ticking()
+    logits(model, inputs)
+    before = hooks_of(model)
+    monkeypatch.setattr(clock, "time", watch)
+    queries = [layer.self_attn.q_proj for layer in tiny.decoder(model).layers]
+    hooks = [query.register_forward_pre_hook(watch.tick) for query in queries]
+    with hico_kernels.compress(model, PLAN) as handle:
+        tiny.generate(model, inputs)
+        took = handle.report().milliseconds
+    for hook in hooks:
+        hook.remove()
+    assert took["attention"] == 4000  # of the prompt, not of the tokens after it
+    assert took["scoring"] == 1000  # by one layer
+    assert took["compacting"] == 0
+    assert hooks_of(model) == before
+
+
+def test_a_call_that_fails_is_not_watched_on(model, inputs):
+    with hico_kernels.compress(model, PLAN) as handle:
+        before = hooks_of(model)
+        broken = tiny.decoder(model).layers[2].mlp.register_forward_pre_hook(lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            logits(model, inputs)
+        broken.remove()
+        assert hooks_of(model) == before
+        logits(model, inputs)
+        assert handle.report().milliseconds["attention"] > 0
 
 
 def test_the_report_counts_flops_as_the_cost_model_does(model, inputs, tmp_path):
@@ -210,6 +254,8 @@ def test_the_report_counts_flops_as_the_cost_model_does(model, inputs, tmp_path)
     report.save(tmp_path / "report.svg")
     root = ElementTree.parse(tmp_path / "report.svg").getroot()
     bars = [e for e in root.iter() if e.get("class") == "visual" and e.get("x") != "56"]
+    times = next(e.text for e in root.iter() if e.get("class") == "times")
+    assert re.fullmatch(r"scoring [\d.]+ ms, compacting [\d.]+ ms, attention [\d.]+ ms", times)
     heights = [float(bar.get("height")) for bar in bars]
     whole = float(next(e for e in root.iter() if e.get("class") == "gone").get("height"))
     assert heights == pytest.approx([whole * n / 26 for n in (13, 6, 6, 3)], abs=0.1)
@@ -296,14 +342,16 @@ def test_supports_says_what_a_plan_may_ask_for(model):
         "layers": 4,
         "positions": ["keep", "renumber"],
         "rows": ["padded", "packed"],
+        "pre_llm": True,
     }
     for name in ("qwen2_vl", "gemma3"):
         assert hico_kernels.supports(tiny.model(name))["positions"] == ["keep"]
     assert hico_kernels.supports(tiny.model("gemma3"))["rows"] == ["padded"]
+    assert not hico_kernels.supports(tiny.model("gemma3"))["pre_llm"]
 
 
 WRONG_PLANS = {
-    "TypeError: plan must be a DropPlan, got dict": {1: Uniform(0.5)},
+    "TypeError: plan must be a DropPlan or a PreLLM, got dict": {1: Uniform(0.5)},
     "ValueError: drops: layer 4 is out of range, the model has layers 0 to 3": DropPlan(
         {4: Uniform(0.5)}
     ),

@@ -42,10 +42,14 @@ def test_every_family_has_an_example():
 @pytest.mark.skipif(tiny.VERSION < (5, 3), reason="token types came with 5.3")
 def test_the_first_example_runs(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code(TEXT), "patching.md", "exec"), {})
+    names = {}
+    exec(compile(code(TEXT), "patching.md", "exec"), names)
     out = capsys.readouterr().out
     assert re.search(r"^0 +44 +32\n1-2 +36 +24\n3 +20 +8$", out, re.MULTILINE)
     assert "'supported': True" in out
+    whole = TEXT.partition("## Merging as well")[2]
+    exec(compile(code(whole), "patching.md", "exec"), names)
+    assert re.search(r"^0 +20 +8$\n^1-2 +18 +6$\n^3 +14 +2$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind in tiny.MODELS])

@@ -135,6 +135,24 @@ def test_sliding_windows_count_original_positions(first, window):
     assert tiny.difference(got, tiny.generate(full, inputs)) < 1e-6
 
 
+@both_models
+def test_prompts_in_chunks_are_refused(name):
+    """Row 14: each chunk would drop by itself, asked by its own last token. 5.23 encodes the pixels
+    ahead and reads their tokens in chunks.
+    """
+    model, inputs = tiny.model(name), tiny.prompt(name, (0, 3))
+    text = {"input_ids": inputs["input_ids"][:, -5:]}
+    with hico_kernels.compress(model, FROM_1) as handle:
+        with pytest.raises(ValueError, match=r"prefill_chunk_size must be None .* got 8"):
+            tiny.generate(model, inputs, prefill_chunk_size=8)
+        tiny.generate(model, text, prefill_chunk_size=2)
+        handle.set_plan(DropPlan({}))
+        if tiny.VERSION >= (5, 23):
+            got = tiny.generate(model, inputs, prefill_chunk_size=8)
+    if tiny.VERSION >= (5, 23):
+        assert tiny.difference(got, tiny.generate(model, inputs, prefill_chunk_size=8)) == 0
+
+
 LOOPS = {"qwen2_vl": (0,), "llava_onevision": (0,), "llava_onevision-padded": (0, 3)}
 
 

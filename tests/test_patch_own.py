@@ -118,6 +118,8 @@ def test_what_does_not_fit_is_refused(model):
         hico_kernels.patch(model, {})
     with pytest.raises(ValueError, match=r"keep must be a ratio or a count .*, got PerFrame"):
         hico_kernels.patch(model, DropPlan({1: Uniform(PerFrame(4))}))
+    with pytest.raises(ValueError, match="pre_llm must be None, clips are merged, got PreLLM"):
+        hico_kernels.patch(model, DropPlan({}, pre_llm=PreLLM(4)))
     with pytest.raises(UnsupportedModel, match="it merges and drops by itself"):
         hico_kernels.patch(model, PreLLM(64))
     with pytest.raises(UnsupportedModel, match="it merges and drops by itself"):
@@ -142,4 +144,5 @@ def test_supports_says_what_a_plan_may_ask_for(model):
         "layers": 4,
         "positions": ["keep", "renumber"],
         "rows": ["packed"],
+        "pre_llm": False,
     }

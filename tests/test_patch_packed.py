@@ -7,11 +7,12 @@ import pytest
 import torch
 from patch_runs import FROM_0, FROM_1, every_plan, forward, grown, second_turn, two_videos
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import hico_kernels
 from hico_kernels import DropPlan, TextTopK, Uniform, UnsupportedModel
 from hico_kernels.patch.masked import masked
-from hico_kernels.patch.packed import PackedLayer
+from hico_kernels.patch.packed import PackedLayer, PackedStaticLayer
 
 ALONE = {
     "gemma3": "tokens of an image see each other in Gemma 3",
@@ -22,6 +23,11 @@ ALONE = {
 }
 PACKABLE = [name for name in tiny.MODELS if name not in ALONE]
 UNEVEN = (0, 6, 2)
+CACHES = {
+    "dynamic": lambda config: DynamicCache(),
+    "static": lambda config: StaticCache(config=config, max_cache_len=96),
+}
+caches = pytest.mark.parametrize("cache", CACHES)
 
 
 def patched(model, plan, inputs, **more):
@@ -76,17 +82,54 @@ def test_beam_search(plan):
 
 
 @every_plan
+@caches
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
-def test_a_second_question_on_the_same_cache(name, plan):
+def test_a_second_question_on_the_same_cache(name, cache, plan):
     model, inputs = tiny.model(name), tiny.prompt(name, UNEVEN)
     question = torch.randint(3, 80, (3, 5), generator=torch.Generator().manual_seed(9))
     with hico_kernels.compress(model, plan, rows="packed") as handle:
-        first = tiny.generate(model, inputs, past_key_values=DynamicCache())
+        first = tiny.generate(model, inputs, past_key_values=CACHES[cache](model.config))
         more = second_turn(model, inputs, first, question)
         got = tiny.generate(model, more, past_key_values=first.past_key_values)
     with masked(tiny.decoder(model), handle.kept, inputs["input_ids"].shape[1]):
         want = tiny.generate(model, {**inputs, **more}, use_cache=False)
     assert tiny.difference(got, want) < 1e-12
+
+
+@every_plan
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_a_static_cache_is_filled_where_it_is(name, plan):
+    """Row 5. Each sequence fills its own part from the start, in the tensors that are there."""
+    model, inputs = tiny.model(name), tiny.prompt(name, UNEVEN)
+    got, handle = patched(model, plan, inputs, cache_implementation="static")
+    assert tiny.difference(got, tiny.reference(model, handle, inputs)) < 1e-12
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with hico_kernels.compress(model, plan, rows="packed"):
+        forward(model, **inputs, past_key_values=cache)
+        keys = [layer.keys for layer in cache.layers]
+        counts = cache.layers[3].counts
+        assert isinstance(cache.layers[3], PackedStaticLayer)
+        assert len(set(counts)) > 1
+        for row, count in zip(keys[3], counts, strict=True):
+            assert row[:, :count].any(-1).all()
+            assert not row[:, count:].any()
+        cache.reset()
+        forward(model, **inputs, past_key_values=cache)
+        again = tiny.generate(model, inputs, past_key_values=StaticCache(model.config, 64))
+    assert all(a is layer.keys for a, layer in zip(keys, cache.layers, strict=True))
+    assert cache.layers[3].counts == counts
+    assert tiny.difference(again, got) == 0
+
+
+def test_a_static_cache_that_is_full_says_so():
+    model, inputs = tiny.model("llava_onevision"), tiny.prompt("llava_onevision", UNEVEN)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    match = "past_key_values: a sequence needs 25 columns, the static cache has 20"  # 29 - 13 + 9
+    with (
+        hico_kernels.compress(model, FROM_0, rows="packed"),
+        pytest.raises(ValueError, match=match),
+    ):
+        forward(model, **inputs, past_key_values=cache)
 
 
 @pytest.mark.skipif(tiny.VERSION < (5, 0), reason="generate gives pixels to first turns only")
@@ -100,8 +143,9 @@ def test_a_second_video_on_the_same_cache(plan):
 
 
 @pytest.mark.skipif(tiny.VERSION < (5, 0), reason="generate gives pixels to first turns only")
+@caches
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
-def test_layers_that_were_filled_with_padding_leave_it_out(positions):
+def test_layers_that_were_filled_with_padding_leave_it_out(positions, cache):
     """A first turn of padded text fills padded layers; the video's drop packs them."""
     model, two = tiny.model("llava_onevision"), tiny.prompt("llava_onevision", (0, 0), seed=5)
     ids = torch.randint(3, 80, (2, 9), generator=torch.Generator().manual_seed(2))
@@ -109,8 +153,8 @@ def test_layers_that_were_filled_with_padding_leave_it_out(positions):
     mask[1, :4] = ids[1, :4] = 0
     text = {"input_ids": ids, "attention_mask": mask}
     with hico_kernels.compress(model, DropPlan(FROM_1.drops, positions), rows="packed") as handle:
-        first = tiny.generate(model, text, past_key_values=DynamicCache())
-        start = first.past_key_values.get_seq_length()
+        first = tiny.generate(model, text, past_key_values=CACHES[cache](model.config))
+        start = int(first.past_key_values.get_seq_length())  # of a static cache a tensor that grows
         both = grown(text, torch.cat([first.sequences[:, 9:start], two["input_ids"]], 1))
         both["pixel_values_videos"] = two["pixel_values_videos"]
         got = tiny.generate(model, both, past_key_values=first.past_key_values)
@@ -141,6 +185,13 @@ def test_one_sequence_needs_no_packing_and_nothing_dropped_changes_no_bit():
     inputs = tiny.prompt("llava_onevision", UNEVEN)
     got, _ = patched(model, DropPlan({0: Uniform(1.0), 2: TextTopK(1.0)}), inputs)
     assert tiny.difference(got, tiny.generate(model, inputs)) == 0
+
+
+def test_a_drop_that_leaves_everything_packs_all_the_same():
+    model, inputs = tiny.model("llava_onevision"), tiny.prompt("llava_onevision", UNEVEN)
+    got, handle = patched(model, DropPlan({0: Uniform(1.0), 2: TextTopK(0.5)}), inputs)
+    assert list(handle.kept) == [2]
+    assert tiny.difference(got, tiny.reference(model, handle, inputs)) < 1e-12
 
 
 def test_a_cache_is_cropped_copied_and_emptied():
@@ -195,11 +246,10 @@ def test_what_cannot_be_packed_is_refused():
     model, inputs = tiny.model("llava_onevision"), tiny.prompt("llava_onevision", UNEVEN)
     with pytest.raises(ValueError, match="rows must be 'padded' or 'packed', got 'ragged'"):
         hico_kernels.patch(model, FROM_0, rows="ragged")
-    with pytest.raises(ValueError, match="rows must be 'padded' with PreLLM, got 'packed'"):
-        hico_kernels.patch(model, hico_kernels.PreLLM(4), rows="packed")
-    cache = StaticCache(config=model.config, max_cache_len=64)
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = DynamicSlidingWindowLayer
     with hico_kernels.compress(model, FROM_0, rows="packed"):
-        with pytest.raises(TypeError, match="must be made of DynamicLayer to pack tokens"):
+        with pytest.raises(TypeError, match="must be made of DynamicLayer, StaticLayer to pack"):
             forward(model, **inputs, past_key_values=cache)
         tiny.decoder(model).config._attn_implementation = "eager"
         with pytest.raises(UnsupportedModel, match="rows must be 'padded', got 'packed'"):

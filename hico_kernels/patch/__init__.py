@@ -22,7 +22,7 @@ from hico_kernels.patch.families import (
     why_not_renumber,
 )
 from hico_kernels.patch.plan import DropPlan, PerFrame, TextTopK, Uniform
-from hico_kernels.patch.prellm import PreLLM
+from hico_kernels.patch.prellm import LAYOUTS, PreLLM
 
 if TYPE_CHECKING:
     from hico_kernels.patch.handle import Handle
@@ -53,8 +53,9 @@ def compress(model: nn.Module, plan: DropPlan | PreLLM, rows: str = "padded") ->
 def supports(model: nn.Module) -> dict[str, Any]:
     """Whether `model` can be patched, and which plans fit it.
 
-    -> {"supported": bool, "reason": why not, or None}, and where supported "family", "layers" and
-    the "positions" that a plan, and "rows" that `patch` may ask for.
+    -> {"supported": bool, "reason": why not, or None}, and where supported "family", "layers", the
+    "positions" that a plan, and "rows" that `patch` may ask for, and whether clips can be merged in
+    front of it ("pre_llm").
     """
     if has_own_plan(model):
         family, layers, renumber, rows = (
@@ -78,11 +79,12 @@ def supports(model: nn.Module) -> dict[str, Any]:
         "layers": layers,
         "positions": ["keep", "renumber"] if renumber else ["keep"],
         "rows": rows,
+        "pre_llm": getattr(model.config, "model_type", None) in LAYOUTS,
     }
 
 
 def selfcheck(
-    model: nn.Module, plan: DropPlan | None = None, rows: str = "padded"
+    model: nn.Module, plan: DropPlan | PreLLM | None = None, rows: str = "padded"
 ) -> dict[str, float]:
     """Check on your own stack that dropping is exact: see `hico_kernels.patch.check.selfcheck`."""
     from hico_kernels.patch import check

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hico_kernels.patch.clock import Clock
-from hico_kernels.patch.columns import Columns, layer_of
+from hico_kernels.patch.columns import Columns, holds_fewer, layer_of
 from hico_kernels.patch.families import LINEAR, layer_kinds, reads_keys
 from hico_kernels.patch.masks import layer_mask, real_tokens
 from hico_kernels.patch.packed import PackedRows, has_packed, many_each, one_each, packed_layer
@@ -32,13 +32,18 @@ class Call:
     probe: Any  # the config of attention that only looks, `scores.probe_config`
     real: Tensor | None = None  # [B, q] bool, False is padding; None: no padding, or not asked
     frames: list[int] | None = None  # of each sequence, for plans that count by them
-    pick: Callable[[Tensor, list[int], list[int]], Tensor] = evenly  # how `Uniform` chooses
+    merged: tuple[Tensor, list[int]] | None = None  # what merging left, see `merge`
+    places: Tensor | None = None  # [B, q] rotary positions, where merging closed gaps in them
+    placed: Tensor | None = None  # [B] tokens of each sequence then, this call included
     packing: list[int] | None = None  # tokens of each sequence, padding left out; None: padded rows
     rows: Rows | PackedRows | None = None  # None until the first drop
     counts: list[dict[int, int]] = field(default_factory=list)  # per row: layer -> visual kept
+    drops: bool = False  # whether this call drops anything at all
     kept: dict[int, Rows | PackedRows] = field(default_factory=dict)  # what each drop left
     held: list[list[int]] = field(default_factory=list)  # layer -> rows of each sequence
     last: list[int | None] = field(default_factory=list)  # layer -> only these last rows run in it
+    scored: dict[int, list[int]] = field(default_factory=dict)  # layer -> rows that were scored
+    idle: bool = False  # the layers are to be left alone
     over: bool = False  # the decoder has returned
     _rules: dict[int, Rule] = field(init=False)
     _kinds: list[str] = field(init=False)
@@ -52,17 +57,33 @@ class Call:
         self._kinds = layer_kinds(self.decoder)
         self._rules = dict(self.plan.drops)  # torch.compile does not look into the plan's proxy
         if self.prompt is not None:
-            frames = self.frames or [None] * self.batch
-            self.counts = [
-                self.plan.counts(n, own)
-                for n, own in zip(self.prompt.num_visual, frames, strict=True)
-            ]
+            self._count(self.prompt.num_visual)
 
-    @property
-    def drops(self) -> bool:
-        """Whether this call drops anything at all."""
-        visual = self.prompt.num_visual if self.prompt is not None else []
-        return any(min(c.values(), default=n) < n for c, n in zip(self.counts, visual, strict=True))
+    def _count(self, visual: list[int]) -> None:
+        frames = self.frames or [None] * self.batch
+        pairs = zip(visual, frames, strict=True)
+        self.counts = [self.plan.counts(n, own) for n, own in pairs]
+        pairs = zip(self.counts, visual, strict=True)
+        self.drops = any(min([n, *counts.values()]) < n for counts, n in pairs)
+
+    def merge(self, rows: Tensor, left: list[int]) -> None:
+        """In front of the first layer only those visual tokens stay that are in `rows` of the
+        flattened [B * q], left[b] of each sequence; the plan counts from them.
+        """
+        self.merged = rows, left
+        self._count(left)
+        self.drops = True
+
+    def rest(self, cache: Any) -> None:
+        """Leave the layers alone where nothing is dropped, now or before."""
+        changed = self.drops or self.packing is not None or self.places is not None
+        if changed or (cache is not None and any(map(holds_fewer, cache.layers))):
+            return
+        if self.prompt is not None and any(map(reads_keys, self.decoder.layers)):
+            return  # these may run for the last tokens only, which the report counts
+        self.idle = True
+        self.held = [[self.length] * self.batch] * len(self.decoder.layers)
+        self.last = [None] * len(self.held)
 
     def finish(self) -> None:
         """The decoder has returned; gradient checkpointing may still run its layers again."""
@@ -80,7 +101,8 @@ class Call:
         name = rotary_name(layer, kwargs)
         cache = None if is_checkpointed(layer) else kwargs.get("past_key_values")
         packed = has_packed(cache, index)
-        hidden = self._left(index, layer, hidden, kwargs[name], packed)
+        new[name] = self._tables(kwargs[name], hidden)
+        hidden = self._left(index, layer, hidden, new[name], packed)
         args = self._beside(args, hidden)
         kind = self._kinds[index]
         if kind == LINEAR:
@@ -93,12 +115,14 @@ class Call:
         if self.rows is None and store is None:
             return None
         past = 0 if store is None else int(store.get_seq_length())
+        if store is not None and index == 0:
+            store.placed = self.placed
         columns, queries = self._extend(store, past, hidden.device)
         shown = columns if store is None else columns.last(store.visible(len(queries)))
         new["attention_mask"] = self._mask(
             kwargs.get("attention_mask"), queries, shown, past, store, hidden
         )
-        new[name] = self._embeddings(kwargs[name], columns, hidden)
+        new[name] = self._embeddings(new[name], columns, hidden)
         self._told[kind] = new["attention_mask"], new[name]
         # Flash attention takes gaps in the positions for packed sequences. Not needed any more: the
         # rotary tables are gathered, the mask is made.
@@ -151,6 +175,8 @@ class Call:
     ) -> tuple[tuple, dict[str, Any]]:
         """New arguments for a layer without padding."""
         store = packed_layer(cache, index, self.mask, self.length, self.batch, hidden.device)
+        if store is not None and index == 0:
+            store.placed = self.placed
         past = 0 if store is None else store.get_seq_length()
         new["attention_mask"] = new["position_ids"] = None
         if self.rows is None:  # a new token for each sequence
@@ -193,13 +219,15 @@ class Call:
             whole = self.length if self.rows is None else len(self.rows)
             self.last.append(hidden.shape[1] if hidden.shape[1] < whole else None)
             source, drops = None, index in self._rules and self.prompt is not None
-            if self.packing is not None and self.rows is None and (drops or packed):
+            merges = index == 0 and self.merged is not None
+            if self.packing is not None and self.rows is None and (drops or merges or packed):
                 source = self._pack(hidden.device)
+            if merges:
+                source = _through(source, self._keep_merged())
             if drops:
                 with torch.no_grad():  # what is chosen has no gradient
-                    given = hidden if source is None else hidden.flatten(0, 1)[source][None]
-                    left = self._drop(index, layer, given, embeddings)
-                source = left if source is None or left is None else source[left]
+                    left = self._drop(index, layer, self._filled(hidden, source), embeddings)
+                source = _through(source, left)
             self._steps[index] = (self.rows, source)
             width = self.length if self.rows is None else len(self.rows)
             packed = isinstance(self.rows, PackedRows)
@@ -211,8 +239,25 @@ class Call:
         if source is None:
             return hidden
         with self.clock.time("compacting", hidden.device):
-            batch = 1 if isinstance(self.rows, PackedRows) else self.batch
-            return gather_tokens(hidden.flatten(0, 1), source).unflatten(0, (batch, -1))
+            return self._filled(hidden, source)
+
+    def _filled(self, hidden: Tensor, source: Tensor | None) -> Tensor:
+        """The rows as they are now, from the flat rows `source` of `hidden`; None: hidden."""
+        if source is None:
+            return hidden
+        batch = 1 if isinstance(self.rows, PackedRows) else self.batch
+        return gather_tokens(hidden.flatten(0, 1), source).unflatten(0, (batch, -1))
+
+    def _keep_merged(self) -> Tensor:
+        """Leave out the places that merging emptied; the flat row of each that stays."""
+        rows = self.rows if self.rows is not None else Rows.whole(self.prompt)
+        chosen, left = self.merged
+        if isinstance(rows, PackedRows):
+            chosen = torch.searchsorted(rows.slots, chosen)
+        self.rows, source = rows.after(self.prompt, chosen, left)
+        self._once.clear()
+        self.kept[0] = self.rows
+        return source
 
     def _pack(self, device: torch.device) -> Tensor:
         """Leave the padding out; the flat rows of the tokens."""
@@ -237,10 +282,12 @@ class Call:
             return None
         slots = rows.visual_slots(self.prompt)
         if isinstance(self._rules[index], Uniform):
-            chosen = self.pick(slots, rows.visual, keep)
+            chosen = evenly(slots, rows.visual, keep)
         else:
             with self.clock.time("scoring", hidden.device):
                 chosen = self._best(layer, hidden, embeddings, rows, slots, keep)
+            packed = isinstance(rows, PackedRows)
+            self.scored[index] = rows.counts if packed else [len(rows)] * self.batch
         with self.clock.time("compacting", hidden.device):
             self.rows, source = rows.after(self.prompt, chosen, keep)
         self._once.clear()
@@ -323,6 +370,12 @@ class Call:
             ),
         )
 
+    def _tables(self, tables: tuple[Tensor, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary tables of all tokens of the call: the model's own, or without merging's gaps."""
+        if self.places is None:
+            return tables
+        return self._remember("placed", (), lambda: self.decoder.rotary_emb(hidden, self.places))
+
     def _embeddings(
         self, tables: tuple[Tensor, Tensor], columns: Columns, hidden: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -355,6 +408,13 @@ class Call:
                 return value
         known.append((given, make()))
         return known[-1][1]
+
+
+def _through(first: Tensor | None, then: Tensor | None) -> Tensor | None:
+    """Rows taken out of rows that were taken; None: all of them."""
+    if first is None or then is None:
+        return then if first is None else first
+    return first[then]
 
 
 def _same(a: object, b: object) -> bool:

@@ -1,14 +1,17 @@
 """Is dropping exact on this machine, with this model, this transformers and these weights?"""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from hico_kernels.merge.reference import merge_tokens_round_by_round
 from hico_kernels.patch.families import LINEAR, Parts, last_drop, layer_kinds, take_apart
-from hico_kernels.patch.handle import Layout, compress
+from hico_kernels.patch.handle import Layout, as_drops, compress
 from hico_kernels.patch.masked import masked
 from hico_kernels.patch.plan import DropPlan, TextTopK, Uniform
+from hico_kernels.patch.prellm import PreLLM, layout_of
 
 VISUAL = slice(6, 38)  # of a prompt of LENGTH tokens, in two sequences, one of them padded
 FRAMES = 4  # that the visual tokens are said to come from
@@ -17,12 +20,13 @@ _ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 def selfcheck(
-    model: nn.Module, plan: DropPlan | None = None, rows: Layout = "padded"
+    model: nn.Module, plan: DropPlan | PreLLM | None = None, rows: Layout = "padded"
 ) -> dict[str, float]:
     """Run a tiny prompt and some decoding through `model`, dropping tokens, and through the same
     model with a mask in place of dropping, without a cache; raise `RuntimeError` when they differ.
 
     model: not patched, any dtype and device; plan: by default a uniform drop and a text-guided one;
+    where it merges, the model with a mask is given tokens merged round by round in plain torch;
     rows: as in `patch`.
     The prompt is made of random text embeddings, so the vision tower does not run. Returns the
     largest relative difference of a last hidden state ("error"), what was allowed ("allowed"), and
@@ -32,6 +36,7 @@ def selfcheck(
     parts = take_apart(model)
     if plan is None:
         plan = _plan(parts.decoder)
+    plan = as_drops(plan)
     was_training = model.training
     model.eval()
     try:
@@ -63,14 +68,16 @@ def _compare(model: nn.Module, parts: Parts, plan: DropPlan, rows: Layout) -> di
     if getattr(decoder, "hidden_size_per_layer_input", 0):  # of Gemma 4, from ids
         beside = decoder.get_per_layer_inputs(ids, embeds)
 
+    deepstack = hasattr(decoder, "_deepstack_process")
+
     def run(start: int, stop: int, **more: object) -> object:
         part = slice(start, stop)
-        given = {"inputs_embeds": embeds[:, part], "attention_mask": mask[:, :stop], **more}
+        given = {"inputs_embeds": embeds[:, part], "attention_mask": mask[:, :stop]}
         if beside is not None:
             given["per_layer_inputs"] = beside[:, part]
-        if start == 0 and hasattr(decoder, "_deepstack_process"):
+        if start == 0 and deepstack:
             given |= _deepstack(embeds, visual, stop)
-        return decoder(**given)
+        return decoder(**given | more)
 
     with compress(model, plan, rows) as handle:
         handle.announce(visual, [FRAMES] * len(visual))
@@ -80,9 +87,13 @@ def _compare(model: nn.Module, parts: Parts, plan: DropPlan, rows: Layout) -> di
     try:
         if "flash" in attention:  # takes no mask of single tokens
             decoder.config._attn_implementation = "sdpa"
-        stock = _whole(run)
-        with masked(decoder, kept, LENGTH, renumber=plan.positions == "renumber"):
-            want = _whole(run)
+        stock, length, merged = _whole(run), LENGTH, {}
+        if plan.pre_llm is not None:
+            extra = _deepstack(embeds, visual, LENGTH) if deepstack else {}
+            merged, kept = _merged(parts, plan.pre_llm, embeds, mask, visual, extra, kept)
+            length = merged["inputs_embeds"].shape[1] - STEPS
+        with masked(decoder, kept, length, renumber=plan.positions == "renumber"):
+            want = _whole(run, **merged)
     finally:
         decoder.config._attn_implementation = attention
     error, effect = _difference(got, want), _difference(stock, want)
@@ -107,9 +118,56 @@ def _decode(run: Callable) -> Tensor:
     return torch.cat(states, 1)
 
 
-def _whole(run: Callable) -> Tensor:
-    out = run(0, LENGTH + STEPS, use_cache=False)
-    return out.last_hidden_state[:, LENGTH - 1 :]
+def _whole(run: Callable, **more: object) -> Tensor:
+    out = run(0, LENGTH + STEPS, use_cache=False, **more)
+    return out.last_hidden_state[:, -1 - STEPS :]
+
+
+def _merged(
+    parts: Parts,
+    plan: PreLLM,
+    embeds: Tensor,
+    mask: Tensor,
+    visual: Tensor,
+    extra: dict[str, object],
+    kept: dict[int, list[Tensor]],
+) -> tuple[dict[str, object], dict[int, list[Tensor]]]:
+    """What the language model is given when the clips of both sequences are merged one by one; and
+    which of its tokens are `kept`.
+    """
+    clip = plan.per_frames // layout_of(parts).frames(parts.inner.config)
+    features = extra.get("deepstack_visual_embeds", [])
+    features = [each.view(len(embeds), -1, each.shape[-1]) for each in features]
+    places, tokens, means = [], [], [[] for _ in features]
+    for row, own in enumerate(embeds):
+        at = visual[row].nonzero()[:, 0]
+        groups = []  # the places that become one
+        for part in at.view(FRAMES, -1).split(clip):
+            part, target = part.flatten(), math.ceil(plan.merge_to * len(part) / clip)
+            into = torch.arange(len(part), device=part.device)
+            if target < len(part):
+                into = merge_tokens_round_by_round(own[None, part], target, 1)[2][0]
+            groups += [part[into == group] for group in range(min(target, len(part)))]
+        groups.sort(key=lambda group: int(group[0]))
+        first = torch.stack([group[0] for group in groups])
+        stays = torch.ones(len(own), dtype=torch.bool, device=own.device)
+        stays[at] = False
+        stays[first] = True
+        places.append(stays.nonzero()[:, 0])
+        mean = torch.stack([own[group].mean(0) for group in groups])
+        tokens.append(own.index_copy(0, first, mean)[stays])
+        for found, each in zip(means, features, strict=True):
+            found += [each[row][group - at[0]].mean(0) for group in groups]
+    index = torch.stack(places)
+    mask = mask.gather(1, index)
+    given = {"inputs_embeds": torch.stack(tokens), "attention_mask": mask}
+    numbered = (mask.cumsum(1) - 1).clamp(min=0)
+    given["position_ids"] = index if parts.family.multi_axis else numbered
+    if means:
+        given["visual_pos_masks"] = nn.functional.pad(visual, (0, STEPS)).gather(1, index)
+        given["deepstack_visual_embeds"] = [torch.stack(found) for found in means]
+    pairs = {layer: zip(places, left, strict=True) for layer, left in kept.items()}
+    return given, {n: [torch.isin(*pair).nonzero()[:, 0] for pair in p] for n, p in pairs.items()}
 
 
 def _deepstack(embeds: Tensor, visual: Tensor, length: int) -> dict[str, object]:

@@ -1,10 +1,12 @@
 """Where the time of a call goes, without waiting for the device while it runs."""
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 
 class Clock:
@@ -31,6 +33,30 @@ class Clock:
             start = time.perf_counter()
             yield
             self._add(name, time.perf_counter() - start)
+
+    def watch(
+        self, modules: Sequence[nn.Module], name: str, device: torch.device
+    ) -> Callable[[], None]:
+        """Add what these modules take in this thread to `name`, until the returned undo."""
+        thread, running = threading.get_ident(), []
+
+        def before(module: nn.Module, args: tuple) -> None:
+            if threading.get_ident() == thread:
+                running.append(self.time(name, device))
+                running[-1].__enter__()
+
+        def after(module: nn.Module, args: tuple, output: object) -> None:
+            if threading.get_ident() == thread:
+                running.pop().__exit__(None, None, None)
+
+        hooks = [module.register_forward_pre_hook(before) for module in modules]
+        hooks += [module.register_forward_hook(after) for module in modules]
+
+        def undo() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return undo
 
     def milliseconds(self) -> dict[str, float]:
         """Sums so far; waits for the device."""

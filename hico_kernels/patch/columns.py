@@ -84,6 +84,12 @@ class _Dropped:
     columns: Columns | None = None
     seen: int = 0  # tokens of the sequence so far, dropped ones included
     expected: int | None = None  # columns that the patched model announced for the next update
+    placed: Tensor | None = None  # [B], in layer 0: tokens that merging left, for rotary tables
+
+    @property
+    def holds_fewer(self) -> bool:
+        """Whether anything was dropped here."""
+        return self.columns is not None
 
     def extend(self, old: Columns, new: Columns, seen: int) -> None:
         """Say which columns the next `update` brings."""
@@ -114,7 +120,7 @@ class _Dropped:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.columns, self.seen, self.expected = None, 0, None
+        self.columns, self.seen, self.expected, self.placed = None, 0, None, None
         if isinstance(self, DynamicLayer):  # before 5.18 the stock one keeps its columns, as zeros
             self.keys, self.values, self.is_initialized = None, None, False
         super().reset()
@@ -134,13 +140,20 @@ class _Dropped:
         super().batch_select_indices(indices)
         self._batch("select", indices, lambda t: t[indices.to(t.device)])
 
-    def _removed(self, tokens: int) -> int:
-        """How many of the last tokens `crop(tokens)` takes off: a count <= 0, or, as transformers
-        before 5.18 asks, a length to come down to. What generation appends is never dropped.
+    def _shorten(self, tokens: int) -> int:
+        """Count off the last tokens, as many as `crop(tokens)` says: a count <= 0, or, in
+        transformers before 5.18, a length to come down to. What generation appends is never
+        dropped.
         """
-        return -tokens if tokens <= 0 else max(self.seen - tokens, 0)
+        removed = -tokens if tokens <= 0 else max(self.seen - tokens, 0)
+        self.seen -= removed
+        if self.placed is not None:
+            self.placed = self.placed - removed
+        return removed
 
     def _batch(self, name: str, arg: Tensor | int, pick: Callable[[Tensor], Tensor]) -> None:
+        if self.placed is not None:
+            self.placed = pick(self.placed)
         if self.columns is not None:
             self.columns = self.columns.batch(name, arg, pick)
 
@@ -153,9 +166,7 @@ class DroppedLayer(_Dropped, DynamicLayer):
         if self.columns is None:
             super().crop(tokens)
             return
-        removed = self._removed(tokens)
-        self.seen -= removed
-        self.columns = self.columns.crop(removed)
+        self.columns = self.columns.crop(self._shorten(tokens))
         self.keys, self.values = (x[..., : len(self.columns), :] for x in (self.keys, self.values))
 
 
@@ -185,10 +196,8 @@ class DroppedSlidingLayer(_Dropped, DynamicSlidingWindowLayer):
         if self.columns is None or lost:  # which the stock layer refuses
             super().crop(tokens)
             return
-        removed = self._removed(tokens)
-        self.seen -= removed
+        left = self.columns.crop(self._shorten(tokens))
         self.cumulative_length = self.seen
-        left = self.columns.crop(removed)
         self.columns = left.last(min(len(left), self.sliding_window - 1))
         window = slice(len(left) - len(self.columns), len(left))
         self.keys, self.values = self.keys[:, :, window], self.values[:, :, window]
@@ -233,7 +242,7 @@ def check_cache(cache: object, packed: bool = False) -> None:
     kinds = {type(layer) for layer in cache.layers} - _WITHOUT
     if cache.layer_class_to_replicate is not None:
         kinds.add(cache.layer_class_to_replicate)
-    fine = {DynamicLayer: DroppedLayer} if packed else _DROPPED
+    fine = {k: v for k, v in _DROPPED.items() if not packed or k is not DynamicSlidingWindowLayer}
     ours = tuple(fine.values())
     wrong = [kind.__name__ for kind in kinds if kind not in fine and not issubclass(kind, ours)]
     if wrong:
@@ -243,6 +252,11 @@ def check_cache(cache: object, packed: bool = False) -> None:
             f"{', '.join(sorted(wrong))} "
             "(quantized and static sliding-window caches are not supported)"
         )
+
+
+def holds_fewer(layer: object) -> bool:
+    """Whether a cache layer holds other columns than the sequence has tokens."""
+    return isinstance(layer, _Dropped) and layer.holds_fewer
 
 
 def layer_of(cache: Cache | None, index: int, dropping: bool) -> _Dropped | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hico_kernels.patch.call import Call, is_checkpointed, rotary_name
+from hico_kernels.patch.chunks import refuse_chunks
 from hico_kernels.patch.clock import Clock
 from hico_kernels.patch.columns import check_cache
 from hico_kernels.patch.deepstack import with_deepstack
@@ -30,7 +31,8 @@ from hico_kernels.patch.masks import real_tokens
 from hico_kernels.patch.packed import PackedRows, has_packed
 from hico_kernels.patch.places import places
 from hico_kernels.patch.plan import DropPlan, Uniform
-from hico_kernels.patch.prellm import PreLLM
+from hico_kernels.patch.prellm import PreLLM, check_merging
+from hico_kernels.patch.premerge import merge_clips, place, placed_so_far, video_places
 from hico_kernels.patch.report import Report
 from hico_kernels.patch.rows import Prompt
 from hico_kernels.patch.scores import probe_config
@@ -43,19 +45,14 @@ def patch(model: nn.Module, plan: DropPlan | PreLLM, rows: Layout = "padded") ->
 
     model: a transformers video model (`supports` says which). rows: how the sequences of a batch,
     which a drop leaves with different lengths, go on: "padded" to the longest, or "packed" one
-    behind the other, with cache layers in which each has its own length (a `DynamicCache`; sdpa,
-    which `ragged_attention` then stands in for, or flash attention). Raises `UnsupportedModel` with
-    the reason for any other, and for one that is patched already; `ValueError` for a plan that does
-    not fit. Nothing but this instance is touched, no copy of its weights is made.
+    behind the other, with cache layers in which each has its own length (a `DynamicCache` or a
+    `StaticCache`; sdpa, which `ragged_attention` then stands in for, or flash attention). Raises
+    `UnsupportedModel` with the reason for any other, and for one that is patched already;
+    `ValueError` for a plan that does not fit. Nothing but this instance is touched, no copy of its
+    weights is made. `PreLLM` alone is a plan that merges and drops nothing.
     """
     if has_own_plan(model) and not isinstance(plan, PreLLM):
         return model.hico_patch(plan)  # its sequences are always packed
-    if isinstance(plan, PreLLM):
-        from hico_kernels.patch.premerge import PreHandle  # a kind of `Handle`
-
-        if rows != "padded":
-            raise ValueError(f"rows must be 'padded' with PreLLM, got {rows!r}")
-        return PreHandle(model, take_apart(model), plan)
     return Handle(model, take_apart(model), plan, rows)
 
 
@@ -75,7 +72,7 @@ class Handle:
     """A patched model. Made by `patch`."""
 
     def __init__(
-        self, model: nn.Module, parts: Parts, plan: DropPlan, rows: Layout = "padded"
+        self, model: nn.Module, parts: Parts, plan: DropPlan | PreLLM, rows: Layout = "padded"
     ) -> None:
         hooks = parts.decoder._forward_pre_hooks.values()
         if any(isinstance(getattr(hook, "__self__", None), Handle) for hook in hooks):
@@ -99,26 +96,30 @@ class Handle:
             parts.decoder.config._attn_implementation = PACKED
         self._probe = probe_config(parts.decoder.config)
         self._hooks = self._hook()
-        self._undo = with_deepstack(parts.decoder, lambda: self._call)
+        self._undo = [
+            with_deepstack(parts.decoder, lambda: self._call),
+            refuse_chunks(model, parts.family.visual, self._drops),
+        ]
         self._undo_loss: Callable[[], None] | None = None
         self._saved = getattr(model.config, "hico", None)
         self._set(plan)
 
-    def set_plan(self, plan: DropPlan) -> None:
+    def set_plan(self, plan: DropPlan | PreLLM) -> None:
         """Drop by another plan from the next call on. Caches filled so far stay usable."""
         self._check(plan)
         self._set(plan)
 
     def report(self) -> Report:
         """What the last prompt with visual tokens cost; print it, or take `.as_dict()`."""
-        return Report.of(self.plan, self.parts.decoder, self._last)
+        return Report.of(self.parts.decoder, self._last)
 
     def remove(self) -> None:
         """Take every hook off again: the model is as it was, bit for bit."""
         for hook in self._hooks:
             hook.remove()
-        self._undo()
-        self._hooks, self._undo = [], lambda: None
+        for undo in self._undo:
+            undo()
+        self._hooks, self._undo = [], []
         if self._undo_loss is not None:
             self._undo_loss()
             self._undo_loss = None
@@ -147,7 +148,7 @@ class Handle:
         """Say which tokens are visual, [B, q] bool, before calling the language model itself.
 
         Only for code that makes `inputs_embeds` of its own; the model's own forward finds them.
-        frames: of each sequence, where the plan counts by them.
+        frames: of each sequence, equal ones, where the plan counts by them or merges.
         """
         self._local.announced = visual, frames
 
@@ -164,9 +165,12 @@ class Handle:
     def _call(self) -> Call | None:
         return getattr(self._local, "call", None)
 
-    def _check(self, plan: DropPlan) -> None:
-        if not isinstance(plan, DropPlan):
-            raise TypeError(f"plan must be a DropPlan, got {type(plan).__name__}")
+    def _check(self, plan: DropPlan | PreLLM) -> None:
+        if not isinstance(plan, DropPlan | PreLLM):
+            raise TypeError(f"plan must be a DropPlan or a PreLLM, got {type(plan).__name__}")
+        plan = as_drops(plan)
+        if plan.pre_llm is not None:
+            check_merging(self.parts, plan.pre_llm)
         plan.check_layers(len(self.parts.decoder.layers))
         reason = why_not_renumber(self.parts)
         if plan.positions == "renumber" and reason is not None:
@@ -181,9 +185,12 @@ class Handle:
         if reason is not None:
             raise UnsupportedModel(f"model: rows must be 'padded', got 'packed': {reason}")
 
-    def _set(self, plan: DropPlan) -> None:
-        self.plan = plan
+    def _set(self, plan: DropPlan | PreLLM) -> None:
+        self.plan = as_drops(plan)
         self.model.config.hico = plan.to_json()
+
+    def _drops(self) -> bool:
+        return bool(self.plan.drops) or self.plan.pre_llm is not None
 
     def _hook(self) -> list[torch.utils.hooks.RemovableHandle]:
         inner, decoder = self.parts.inner, self.parts.decoder
@@ -210,23 +217,42 @@ class Handle:
         by_frame = visual is not None and self.plan.per_frame
         frames_of = frames(self.parts, given, visual) if by_frame else None
         self._local.call = self._begin(given, visual, frames_of)
+        if self.plan.pre_llm is not None:
+            self._local.videos = video_places(self.parts, given)
 
     def _after_inner(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._local.call = self._local.labels = self._local.answers = None
+        local = self._local
+        local.call = local.labels = local.answers = local.videos = None
 
     def _before_decoder(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        local = self._local
+        local, given, announced = self._local, _named(module, args, kwargs), None
         if getattr(local, "call", None) is None:  # not called by the model around it
             announced, local.announced = getattr(local, "announced", None), None
-            local.call = self._begin(_named(module, args, kwargs), *announced or (None, None))
-        wanted = kwargs.get("logits_to_keep", 0) if self._counts_logits else 0
-        local.wanted, prompt = wanted if isinstance(wanted, int) else 0, local.call.prompt
+            local.call = self._begin(given, *announced or (None, None))
+        call, cache = local.call, given.get("past_key_values")
+        new = None
+        if self.plan.pre_llm is not None and call.prompt is not None:
+            videos = getattr(local, "videos", None)
+            by_frame = None if announced is None else call.frames
+            new = merge_clips(call, self.parts, self.plan.pre_llm, videos, by_frame, given)
+            self._check_drops(call, cache)
+        start = placed_so_far(cache)
+        if (call.merged is not None or start is not None) and not self.parts.family.multi_axis:
+            past = self._past(cache, call.length, call.mask)
+            place(call, start, past, given.get("position_ids"))
+        call.rest(cache)
+        if call.prompt is not None and not torch.compiler.is_compiling():
+            kinds = ("self_attn", "linear_attn")
+            attention = [getattr(x, n) for x in module.layers for n in kinds if hasattr(x, n)]
+            local.unwatch = call.clock.watch(attention, "attention", call.prompt.visual.device)
+        wanted = given.get("logits_to_keep", 0) if self._counts_logits else 0
+        local.wanted = wanted if isinstance(wanted, int) else 0
         # Layers that read keys would run for the last tokens that came in, dropped or not.
-        if prompt is not None and local.wanted > prompt.num_behind:
-            return args, {**kwargs, "logits_to_keep": 0}
-        return None
+        if call.prompt is not None and local.wanted > call.prompt.num_behind:
+            new = {**(given if new is None else new), "logits_to_keep": 0}
+        return None if new is None else ((), new)
 
     def _begin(
         self, given: dict[str, Any], visual: Tensor | None, frames_of: list[int] | None
@@ -241,8 +267,7 @@ class Handle:
         prompt = None
         if visual is not None:
             visual = visual.to(entering.device)
-            total = mask.shape[-1] if mask is not None and mask.dim() == 2 else None
-            past = self._past(cache, length, total)
+            past = self._past(cache, length, mask)
             real = real_tokens(mask, past, past + length, past + length)
             answers, labels = getattr(local, "answers", None), getattr(local, "labels", None)
             answers = answers if isinstance(answers, int) else 1
@@ -258,18 +283,22 @@ class Handle:
             self._probe,
             frames=frames_of,
         )
-        if call.drops:
-            self._check_call(cache)
-        if self.rows == "packed":
-            self._pack(call, cache)
+        if self.plan.pre_llm is None or prompt is None:  # else merging comes first
+            self._check_drops(call, cache)
         if prompt is not None:
             self._last = call
         return call
 
+    def _check_drops(self, call: Call, cache: Any) -> None:
+        if call.drops:
+            self._check_call(cache)
+        if self.rows == "packed":
+            self._pack(call, cache)
+
     @staticmethod
-    def _past(cache: Any, length: int, total: int | None) -> int:
-        if total is not None:
-            return total - length
+    def _past(cache: Any, length: int, mask: Tensor | None) -> int:
+        if mask is not None and mask.dim() == 2:
+            return mask.shape[-1] - length
         return 0 if cache is None else int(cache.get_seq_length())
 
     def _check_call(self, cache: Any) -> None:
@@ -307,7 +336,12 @@ class Handle:
             self._undo_loss = with_loss(self.model, lambda: self._local.left)
 
     def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        call, self._local.call = self._local.call, None
+        local = self._local
+        call, local.call = local.call, None
+        unwatch = getattr(local, "unwatch", None)
+        if unwatch is not None:
+            unwatch()
+            local.unwatch = None
         if call is None:
             return None
         self._local.left = call.rows
@@ -329,15 +363,23 @@ class _BeforeLayer:
 
     def __init__(self, handle: Handle, index: int) -> None:
         self.handle, self.index = handle, index
+        self._local = handle._local
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        call = self.handle._call
+        call = getattr(self._local, "call", None)
+        if call is not None and call.idle:
+            return None
         if is_checkpointed(layer):
             # Before 5.23 transformers runs hooks again in the backward pass, when the call is over,
             # with the same rotary tables.
             table = kwargs[rotary_name(layer, kwargs)][0]
             call = table.hico_call = getattr(table, "hico_call", call)
         return None if call is None else call.before_layer(self.index, layer, args, kwargs)
+
+
+def as_drops(plan: DropPlan | PreLLM) -> DropPlan:
+    """`PreLLM` alone as a plan that drops nothing."""
+    return DropPlan({}, pre_llm=plan) if isinstance(plan, PreLLM) else plan
 
 
 def _named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ From its first drop on a prompt runs as one row [1, T, C] with cumulative length
 holds each sequence from its start, with a length of its own, so decoding reads no padding either.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hico_kernels.attention import ragged_attention, ragged_decode_attention
-from hico_kernels.patch.columns import DroppedLayer, layer_of
+from hico_kernels.patch.columns import DroppedLayer, DroppedStaticLayer, layer_of
 from hico_kernels.patch.families import PACKED as ATTENTION
 from hico_kernels.patch.masks import real_tokens
 from hico_kernels.patch.rows import Prompt, ascending, to_device
@@ -103,13 +104,18 @@ class PackedRows:
         return PackedRows(self.slots[source], counts, list(keep), self.length), source
 
 
-class PackedLayer(DroppedLayer):
+class PackedLayer:
     """A cache layer in which every sequence has a length: keys [B, H, room, D], filled from 0."""
 
     lengths: Tensor | None = None  # [B] int64; None: nothing packed here, a stock layer
     counts: list[int] | None = None  # the same on the host, where known
     longest: int = 0
     coming: PackedRows | int | None = None  # announced for the next update; 1: a token for each
+
+    @property
+    def holds_fewer(self) -> bool:
+        """Whether anything was dropped here."""
+        return self.lengths is not None or super().holds_fewer
 
     def announce(self, coming: PackedRows | int, seen: int) -> None:
         """Say what the next `update` brings, and how long the sequences are then."""
@@ -133,7 +139,6 @@ class PackedLayer(DroppedLayer):
 
     def start(self, batch: int, device: torch.device) -> None:
         """Be an empty packed layer."""
-        self.keys = self.values = None
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.counts, self.longest = [0] * batch, 0
 
@@ -176,18 +181,6 @@ class PackedLayer(DroppedLayer):
         slots = ascending(columns < self.lengths[:, None], sum(self.counts))
         return _pick_slots(self.keys, slots), _pick_slots(self.values, slots)
 
-    def _grow(self, like: Tensor, needed: int) -> None:
-        held = 0 if self.keys is None or not self.keys.numel() else self.keys.shape[2]
-        if needed <= held:
-            return
-        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
-        shape = (len(self.lengths), like.shape[1], needed + _ROOM, like.shape[3])
-        for name in ("keys", "values"):
-            grown = like.new_zeros(shape)
-            if held:
-                grown[:, :, :held] = getattr(self, name)
-            setattr(self, name, grown)
-
     def get_seq_length(self) -> int:
         """Tokens of the sequence so far, as the caller counts them."""
         return super().get_seq_length() if self.lengths is None else self.seen
@@ -197,8 +190,8 @@ class PackedLayer(DroppedLayer):
         if self.lengths is None:
             super().crop(tokens)
             return
-        removed = self._removed(tokens)
-        self.seen, self.longest = self.seen - removed, self.longest - removed
+        removed = self._shorten(tokens)
+        self.longest -= removed
         self.lengths = self.lengths - removed
         self.counts = None if self.counts is None else [n - removed for n in self.counts]
 
@@ -227,6 +220,45 @@ class PackedLayer(DroppedLayer):
             self.lengths, self.counts = pick(self.lengths), None
 
 
+class PackedDynamicLayer(PackedLayer, DroppedLayer):
+    """One that grows."""
+
+    def start(self, batch: int, device: torch.device) -> None:
+        """Be an empty packed layer."""
+        super().start(batch, device)
+        self.keys = self.values = None
+
+    def _grow(self, like: Tensor, needed: int) -> None:
+        held = 0 if self.keys is None or not self.keys.numel() else self.keys.shape[2]
+        if needed <= held:
+            return
+        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
+        shape = (len(self.lengths), like.shape[1], needed + _ROOM, like.shape[3])
+        for name in ("keys", "values"):
+            grown = like.new_zeros(shape)
+            if held:
+                grown[:, :, :held] = getattr(self, name)
+            setattr(self, name, grown)
+
+
+class PackedStaticLayer(PackedLayer, DroppedStaticLayer):
+    """One of fixed capacity, in the tensors that it has."""
+
+    def _grow(self, like: Tensor, needed: int) -> None:
+        if needed > self.max_cache_len:
+            raise ValueError(
+                f"past_key_values: a sequence needs {needed} columns, the static cache has "
+                f"{self.max_cache_len}"
+            )
+        if not self.is_initialized:
+            empty = like.new_empty(len(self.lengths), like.shape[1], 0, like.shape[3])
+            wanted = inspect.signature(self.lazy_initialization).parameters  # one before 5.0
+            self.lazy_initialization(*[empty] * len(wanted))
+
+
+_PACKED = {DroppedLayer: PackedDynamicLayer, DroppedStaticLayer: PackedStaticLayer}
+
+
 def _pick_slots(x: Tensor, slots: Tensor) -> Tensor:
     """[B, H, N, D] -> [1, H, T, D], rows of the flattened [B * N]."""
     return x.transpose(1, 2).flatten(0, 1)[slots].transpose(0, 1)[None]
@@ -252,7 +284,9 @@ def packed_layer(
     """
     if cache is None or has_packed(cache, index):
         return None if cache is None else cache.layers[index]
-    old, new = layer_of(cache, index, True), PackedLayer.__new__(PackedLayer)
+    old = layer_of(cache, index, True)
+    kind = _PACKED.get(type(old), type(old))  # packed before, and then emptied
+    new = kind.__new__(kind)
     past, held = int(old.get_seq_length()), old.stored()
     new.__dict__ = old.__dict__.copy()
     new.columns = None
@@ -262,7 +296,7 @@ def packed_layer(
             valid = old.columns.valid
         elif valid is None:
             valid = old.keys.new_ones(batch, held, dtype=torch.bool)
-        new.fill(old.keys, old.values, valid)
+        new.fill(old.keys[:, :, :held], old.values[:, :, :held], valid)
     else:
         new.start(batch, device)
     new.seen = past

@@ -1,9 +1,9 @@
 """A report as a picture: tokens in every layer, as SVG, for light and dark pages."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 260, 56, 44, 40
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 280, 56, 64, 40
 STYLE = """<style>
 text { font: 13px system-ui, sans-serif; fill: #333 } .gone { fill: #0001; stroke: #8888 }
 .visual { fill: #3b82c4 } .text { fill: #e0893a } .axis { stroke: #888 }
@@ -11,8 +11,16 @@ text { font: 13px system-ui, sans-serif; fill: #333 } .gone { fill: #0001; strok
 </style>"""
 
 
-def draw(rows: Sequence[int], visual: Sequence[int], length: int, title: str) -> str:
-    """rows and visual tokens of each layer, of `length` in the prompt, as the text of an SVG."""
+def draw(
+    rows: Sequence[int],
+    visual: Sequence[int],
+    length: int,
+    title: str,
+    milliseconds: Mapping[str, float],
+) -> str:
+    """rows and visual tokens of each layer, of `length` in the prompt, and what took how long, as
+    the text of an SVG.
+    """
     high, wide = HEIGHT - TOP - BOTTOM, (WIDTH - LEFT - 16) / len(rows)
     base = HEIGHT - BOTTOM
 
@@ -31,6 +39,7 @@ def draw(rows: Sequence[int], visual: Sequence[int], length: int, title: str) ->
         if layer % max(1, len(rows) // 14) == 0:
             x = LEFT + (layer + 0.5) * wide
             bars.append(f'<text x="{x:.1f}" y="{base + 18}" text-anchor="middle">{layer}</text>')
+    times = ", ".join(f"{name} {ms:,.1f} ms" for name, ms in milliseconds.items())
     key = "".join(
         f'<rect class="{kind}" x="{x}" y="{HEIGHT - 14}" width="10" height="10"/>'
         f'<text x="{x + 15}" y="{HEIGHT - 5}">{name}</text>'
@@ -43,6 +52,7 @@ def draw(rows: Sequence[int], visual: Sequence[int], length: int, title: str) ->
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{STYLE}'
         f'<text x="{LEFT}" y="22">{escape(title)}</text>'
+        f'<text class="times" x="{LEFT}" y="42">{escape(times)}</text>'
         f'<text x="{LEFT - 8}" y="{TOP + 5}" text-anchor="end">{length:,}</text>'
         f'<text x="{LEFT - 8}" y="{base}" text-anchor="end">0</text>'
         f'{"".join(bars)}<path class="axis" d="M{LEFT} {base}H{WIDTH - 16}"/>{key}</svg>\n'

@@ -6,9 +6,11 @@ text attends to in deep ones: ``DropPlan({4: Uniform(keep=0.75), 18: TextTopK(ke
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Literal, get_args
+
+from hico_kernels.patch.prellm import PreLLM
 
 Positions = Literal["keep", "renumber"]
 
@@ -85,14 +87,21 @@ class DropPlan:
 
     positions: "keep" leaves every kept token its rotary position; "renumber" gives 0..len-1 anew
     after each drop, which is what VideoChat-Flash does.
+
+    pre_llm: merge every clip in front of the first layer as well (the whole of HiCo). Ratios then
+    count from the visual tokens that merging leaves, and "keep" means the position after merging;
+    frames, for `PerFrame`, are as many as before.
     """
 
     drops: Mapping[int, Rule]
     positions: Positions = "keep"
+    pre_llm: PreLLM | None = None
 
     def __post_init__(self) -> None:
         if self.positions not in get_args(Positions):
             raise ValueError(f"positions must be 'keep' or 'renumber', got {self.positions!r}")
+        if self.pre_llm is not None and not isinstance(self.pre_llm, PreLLM):
+            raise TypeError(f"pre_llm must be a PreLLM or None, got {self.pre_llm!r}")
         if not isinstance(self.drops, Mapping):
             raise TypeError(f"drops must map layers to rules, got {self.drops!r}")
         for layer, rule in self.drops.items():
@@ -111,10 +120,11 @@ class DropPlan:
         object.__setattr__(self, "drops", MappingProxyType(ordered))
 
     def __reduce__(self) -> tuple:
-        return DropPlan, (dict(self.drops), self.positions)  # a proxy cannot be pickled or copied
+        given = dict(self.drops), self.positions, self.pre_llm
+        return DropPlan, given  # a proxy cannot be pickled or copied
 
     def __hash__(self) -> int:
-        return hash((tuple(self.drops.items()), self.positions))
+        return hash((tuple(self.drops.items()), self.positions, self.pre_llm))
 
     def check_layers(self, num_layers: int) -> None:
         """Raise when a drop lies outside a model of `num_layers` layers."""
@@ -130,7 +140,8 @@ class DropPlan:
 
     def counts(self, num_visual: int, num_frames: int | None = None) -> dict[int, int]:
         """Visual tokens that stay at each drop layer, for a prompt with `num_visual` of them in
-        `num_frames` frames (host ints). Raises `ValueError` for `PerFrame` without the frames.
+        `num_frames` frames (host ints); with `pre_llm`, of those that merging leaves. Raises
+        `ValueError` for `PerFrame` without the frames.
         """
         if self.per_frame and num_frames is None:
             raise ValueError("num_frames must be given for a plan with PerFrame, got None")
@@ -149,7 +160,8 @@ class DropPlan:
             str(layer): {"rule": type(rule).__name__, "keep": _keep_to_json(rule.keep)}
             for layer, rule in self.drops.items()
         }
-        return json.dumps({"drops": drops, "positions": self.positions})
+        merging = {} if self.pre_llm is None else {"pre_llm": asdict(self.pre_llm)}
+        return json.dumps({"drops": drops, "positions": self.positions, **merging})
 
     @classmethod
     def from_json(cls, text: str) -> "DropPlan":
@@ -159,7 +171,8 @@ class DropPlan:
             int(layer): _RULES[rule["rule"]](_keep_from_json(rule["keep"]))
             for layer, rule in data["drops"].items()
         }
-        return cls(drops, data["positions"])
+        merging = data.get("pre_llm")
+        return cls(drops, data["positions"], None if merging is None else PreLLM(**merging))
 
 
 def _keep_to_json(keep: Keep) -> float | int | dict[str, int]:

@@ -1,12 +1,12 @@
 """Merging the visual tokens of every clip in front of the language model.
 
-This is the first half of VideoChat-Flash (arXiv 2501.00574, section 3.1): similar tokens of a few
-neighbouring frames become one, before the first layer. `premerge.py` does it to a model.
+This is the first half of HiCo (VideoChat-Flash, arXiv 2501.00574, section 3.1): similar tokens of a
+few neighbouring frames become one, before the first layer. `premerge.py` does it to a model.
 """
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -112,6 +112,12 @@ def _frames(places: Tensor, tokens: int) -> Tensor:
     return places.view(-1, tokens)
 
 
+def _announced(places: Tensor, frames: int) -> Tensor:
+    if not frames or len(places) % frames:
+        raise ValueError(f"announce: {len(places)} visual tokens cannot be {frames} equal frames")
+    return places.view(frames, -1)
+
+
 def _side(config: Any) -> int:
     return config.vision_config.image_size // config.vision_config.patch_size
 
@@ -142,22 +148,24 @@ LAYOUTS = {
 }
 
 
-def layout_of(parts: Parts, plan: PreLLM) -> Layout:
-    """The layout of a model; raises `UnsupportedModel` or `ValueError` where `plan` cannot be."""
-    config = parts.inner.config
-    layout = LAYOUTS.get(config.model_type)
-    if layout is None:
+def layout_of(parts: Parts) -> Layout:
+    """The layout of a model; raises `UnsupportedModel` where it is not known."""
+    kind = parts.inner.config.model_type
+    if kind not in LAYOUTS:
         raise UnsupportedModel(
-            f"model: PreLLM knows where the frames of {', '.join(LAYOUTS)} are, not those of "
-            f"{config.model_type}"
+            f"model: PreLLM knows where the frames of {', '.join(LAYOUTS)} are, not those of {kind}"
         )
-    step = layout.frames(config)
+    return LAYOUTS[kind]
+
+
+def check_merging(parts: Parts, plan: PreLLM) -> None:
+    """Raise `UnsupportedModel` or `ValueError` where `plan` cannot be."""
+    step = layout_of(parts).frames(parts.inner.config)
     if plan.per_frames % step:
         raise ValueError(
             f"PreLLM: per_frames must be a multiple of the {step} frames in a time step of "
             f"{parts.family.name}, got {plan.per_frames}"
         )
-    return layout
 
 
 @dataclass(frozen=True)
@@ -169,11 +177,17 @@ class Clips:
 
 
 def clips(
-    layout: Layout, config: Any, plan: PreLLM, places: Tensor, positions: Tensor | None
+    layout: Layout,
+    config: Any,
+    plan: PreLLM,
+    places: Tensor,
+    positions: Tensor | None,
+    frames: Sequence[int] | None,
 ) -> tuple[list[Clips], list[int]]:
     """What merges, and how many tokens each sequence has fewer.
 
-    places [B, L] bool of videos, positions [2, B, L] or None: both on the host.
+    places [B, L] bool of videos, positions [2, B, L] or None: both on the host. frames: of each
+    sequence, whose videos are then one, with as many tokens in each frame; None: as laid out.
     """
     per_clip = plan.per_frames // layout.frames(config)
     by_size: dict[tuple[int, int], list[Tensor]] = {}
@@ -182,8 +196,12 @@ def clips(
         fewer.append(0)
         if not bool(own.any()):
             continue
-        inside = None if positions is None else positions[:, row]
-        for video in layout.videos(own, inside, layout.tokens(config)):
+        if frames is None:
+            inside = None if positions is None else positions[:, row]
+            videos = layout.videos(own, inside, layout.tokens(config))
+        else:
+            videos = [_announced(own.nonzero()[:, 0], frames[row])]
+        for video in videos:
             for clip in video.split(per_clip):
                 target = math.ceil(plan.merge_to * len(clip) / per_clip)
                 if target < clip.numel():

@@ -1,86 +1,106 @@
-"""A model whose clips are merged in front of its language model (`PreLLM`).
+"""Merging clips in front of a patched model's language model (`PreLLM`).
 
 Merging happens where the language model's input is complete: each clip's tokens are taken from it,
-merged, and put back at the places of their first members; the other places are dropped before the
-first layer, as a `DropPlan` drops. So caches, masks, labels and later turns follow as they do for
-one.
+merged, and put back at the places of their first members; the other places are left out before the
+first layer, as a drop leaves tokens out. So caches, masks, labels and later turns follow as they do
+for one.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hico_kernels.merge import Matching, merge_tokens
-from hico_kernels.patch.families import Parts, why_not_renumber
-from hico_kernels.patch.handle import Handle, _named
-from hico_kernels.patch.plan import DropPlan, Uniform
+from hico_kernels.patch.call import Call
+from hico_kernels.patch.families import Parts
+from hico_kernels.patch.masks import real_tokens
 from hico_kernels.patch.prellm import Clips, PreLLM, clips, layout_of
 
 
-class PreHandle(Handle):
-    """A model patched with `PreLLM`."""
+def video_places(parts: Parts, given: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens of a call are of videos, [B, q] bool; given: the arguments of the model."""
+    ids, kinds = given.get("input_ids"), given.get("mm_token_type_ids")
+    if ids is not None:
+        return ids == getattr(parts.inner.config, layout_of(parts).token)
+    return None if kinds is None else kinds == 2
 
-    def __init__(self, model: nn.Module, parts: Parts, plan: PreLLM) -> None:
-        self._layout = layout_of(parts, plan)
-        super().__init__(model, parts, plan)
 
-    def _check(self, plan: PreLLM) -> None:
-        if not isinstance(plan, PreLLM):
-            raise TypeError(f"plan must be a PreLLM here, got {type(plan).__name__}")
-        layout_of(self.parts, plan)
+def merge_clips(
+    call: Call,
+    parts: Parts,
+    plan: PreLLM,
+    videos: Tensor | None,
+    frames: Sequence[int] | None,
+    given: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    """Merge the clips of a call with visual tokens; the decoder's new arguments, or None where
+    nothing is to merge.
 
-    def _set(self, plan: PreLLM) -> None:
-        self.pre = plan
-        self.model.config.hico = plan.to_json()
-        # With rotary positions of time, height and width a merged token keeps those of its first
-        # member, and text its distance. One-dimensional positions are what a prompt with fewer
-        # placeholders has: without gaps, and no longer than the model was trained for.
-        positions = "renumber" if why_not_renumber(self.parts) is None else "keep"
-        self.plan = DropPlan({0: Uniform(keep=1)}, positions)  # how many stay: `_before_decoder`
-
-    def _before_inner(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        super()._before_inner(module, args, kwargs)
-        given = _named(module, args, kwargs)
-        ids, kinds = given.get("input_ids"), given.get("mm_token_type_ids")
-        if ids is not None:
-            self._local.videos = ids == getattr(self.parts.inner.config, self._layout.token)
-        else:
-            self._local.videos = None if kinds is None else kinds == 2
-
-    def _after_inner(self, module: nn.Module, args: tuple, output: Any) -> None:
-        super()._after_inner(module, args, output)
-        self._local.videos = None
-
-    def _before_decoder(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
-        super()._before_decoder(module, args, kwargs)
-        call, videos = self._call, getattr(self._local, "videos", None)
-        if call.prompt is None:
-            return None
-        call.counts = [{0: number} for number in call.prompt.num_visual]
-        if videos is None:
-            raise ValueError("inputs_embeds: PreLLM needs mm_token_type_ids, which tell videos")
-        given = _named(module, args, kwargs)
-        places = call.prompt.visual & videos.to(call.prompt.visual.device)
-        found, fewer = clips(
-            self._layout,
-            self.parts.inner.config,
-            self.pre,
-            *_on_the_host(places, given.get("position_ids"), self.parts.family.multi_axis),
+    videos [B, q] bool, or the frames of each sequence where all its visual tokens are one video;
+    given: what the decoder was given.
+    """
+    visual, layout = call.prompt.visual, layout_of(parts)
+    if frames is None and videos is None:
+        raise ValueError(
+            "inputs_embeds: PreLLM needs mm_token_type_ids, which tell videos, or the frames of "
+            "announce()"
         )
-        if not found:
-            return None
-        left = [n - less for n, less in zip(call.prompt.num_visual, fewer, strict=True)]
-        visual = call.prompt.visual
-        more = given.get("deepstack_visual_embeds") or []
+    places = visual if videos is None else visual & videos.to(visual.device)
+    found, fewer = clips(
+        layout,
+        parts.inner.config,
+        plan,
+        *_on_the_host(places, given.get("position_ids"), parts.family.multi_axis),
+        frames,
+    )
+    if not found:
+        return None
+    left = [n - less for n, less in zip(call.prompt.num_visual, fewer, strict=True)]
+    more = given.get("deepstack_visual_embeds") or []
+    with call.clock.time("merging", visual.device):
         embeds, stay, more = merged(given["inputs_embeds"], more, visual, found)
-        rows = torch.nonzero_static(stay.flatten(), size=sum(left))[:, 0]
-        call.counts = [{0: number} for number in left]
-        call.pick = lambda slots, counts, keep: rows
-        new = {**given, "inputs_embeds": embeds}
-        return (), {**new, "deepstack_visual_embeds": more} if more else new
+        call.merge(torch.nonzero_static(stay.flatten(), size=sum(left))[:, 0], left)
+    new = {**given, "inputs_embeds": embeds}
+    return {**new, "deepstack_visual_embeds": more} if more else new
+
+
+def placed_so_far(cache: Any) -> Tensor | None:
+    """Tokens of each sequence [B] in a cache, as merging left them; None: it left all."""
+    return getattr(cache.layers[0], "placed", None) if cache is not None and cache.layers else None
+
+
+def place(call: Call, start: Tensor | None, past: int, positions: Tensor | None) -> None:
+    """Give the tokens of a call one-dimensional rotary positions without the gaps of merging.
+
+    They are those of a prompt with fewer placeholders, and no longer than the model was trained
+    for. (With positions of time, height and width a merged token keeps those of its first member,
+    and text its distance.) start: `placed_so_far`; past: tokens before this call; positions: those
+    that the model gives this call's, [B or 1, q].
+    """
+    if call.length == 1 and call.merged is None:  # a token that was generated
+        call.places, call.placed = start[:, None], start + 1
+        return
+    device = call.prompt.visual.device if start is None else start.device
+    valid = real_tokens(call.mask, past, past + call.length, past + call.length)
+    if valid is None:
+        valid = torch.ones(call.batch, call.length, dtype=torch.bool, device=device)
+    if call.merged is not None:
+        visual = call.prompt.visual
+        stay = torch.zeros_like(visual).flatten()
+        stay[call.merged[0]] = True
+        valid = (valid & ~visual) | stay.view_as(visual)
+    if start is None and past == 0:
+        start = torch.zeros(call.batch, dtype=torch.int64, device=device)
+    elif start is None:  # tokens of earlier turns are where the model put them
+        if positions is None:
+            positions = torch.arange(past, past + call.length, device=device)[None]
+        first = valid.int().argmax(1, keepdim=True)
+        start = positions.expand(call.batch, -1).gather(1, first)[:, 0]
+    counted = valid.cumsum(1)
+    call.places = start[:, None] + (counted - 1).clamp(min=0)
+    call.placed = start + counted[:, -1]
 
 
 def merged(

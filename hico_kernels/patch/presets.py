@@ -6,16 +6,21 @@ from torch import nn
 
 from hico_kernels.patch.families import take_apart
 from hico_kernels.patch.plan import DropPlan, Positions, TextTopK, Uniform
+from hico_kernels.patch.prellm import PreLLM
 
 
-def videochat_flash(positions: Positions = "renumber") -> DropPlan:
+def videochat_flash(positions: Positions = "renumber", pre_llm: PreLLM | None = None) -> DropPlan:
     """VideoChat-Flash: 75 % evenly from layer 4 on, 25 % by text from layer 18 on, of 28 layers.
 
     arXiv 2501.00574, section 3.1; layers and ratios are those of its published demo
     ("uniform0_attention", [4, 18], [1, 0.75, 0.25]), which numbers positions anew. Models with
     rotary positions of time, height and width need positions="keep".
+
+    pre_llm: its clips as well, `PreLLM(merge_to=64, per_frames=4)`, for models whose projector does
+    not merge. The default leaves that out: it fits every family, and VideoChat-Flash itself, whose
+    clips are merged before they come here.
     """
-    return DropPlan({4: Uniform(0.75), 18: TextTopK(0.25)}, positions)
+    return DropPlan({4: Uniform(0.75), 18: TextTopK(0.25)}, positions, pre_llm)
 
 
 def pyramid(

@@ -8,7 +8,8 @@ from torch import nn
 from hico_kernels.flops import visible_pairs
 from hico_kernels.patch.call import Call
 from hico_kernels.patch.picture import draw
-from hico_kernels.patch.plan import DropPlan, TextTopK
+
+_TIMES = ("merging", "scoring", "compacting", "attention")
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,9 @@ class Report:
     """The last prompt with visual tokens: what each layer saw, and what that saved.
 
     FLOPs are those of the language model reading the prompt, scoring included, the logits not, by
-    the convention "prefill_causal" of `hico_kernels.flops`; padding that runs counts.
+    the convention "prefill_causal" of `hico_kernels.flops`; padding that runs counts. Times are
+    those of the device, on the CPU of the host, and none of compiled code; attention is that of all
+    layers with its projections.
     """
 
     rows: list[int]  # tokens per layer, of the longest sequence of the batch
@@ -26,10 +29,10 @@ class Report:
     kv_bytes_saved: int
     flops: int
     flops_saved: int
-    milliseconds: dict[str, float]  # scoring, compacting
+    milliseconds: dict[str, float]  # merging, scoring, compacting, attention
 
     @classmethod
-    def of(cls, plan: DropPlan, decoder: nn.Module, call: Call | None) -> "Report":
+    def of(cls, decoder: nn.Module, call: Call | None) -> "Report":
         """The report of a call; empty before the first."""
         if call is None:
             return cls([], [], 0, 0, 0, 0, 0, {})
@@ -42,10 +45,9 @@ class Report:
             2 * decoder.dtype.itemsize * sum(map(_held, decoder.layers, held))
             for held in (call.held, whole)
         )
-        scored = [layer for layer in call.kept if isinstance(plan.drops.get(layer), TextTopK)]
-        before = [whole[0], *call.held]  # a drop scores what comes out of the layer before
+        took = call.clock.milliseconds()
         flops = _flops(decoder, call.held, call.last)
-        flops += sum(_scoring(decoder, n, before[n]) for n in scored)
+        flops += sum(_scoring(decoder, layer, rows) for layer, rows in call.scored.items())
         return cls(
             [max(held) for held in call.held],
             visual,
@@ -54,7 +56,7 @@ class Report:
             kv_whole - kv,
             flops,
             _flops(decoder, whole, call.last) - flops,
-            call.clock.milliseconds(),
+            {name: took[name] for name in _TIMES if name in took},
         )
 
     def as_dict(self) -> dict:
@@ -68,7 +70,8 @@ class Report:
         visual = [max(counts) for counts in self.visual]
         saved = self._saved()
         title = f"Tokens in {len(self.rows)} layers: {', '.join(saved)}"
-        Path(path).write_text(draw(self.rows, visual, self.length, title), encoding="utf-8")
+        picture = draw(self.rows, visual, self.length, title, self.milliseconds)
+        Path(path).write_text(picture, encoding="utf-8")
 
     def _saved(self) -> list[str]:
         flops = self.flops_saved / max(self.flops + self.flops_saved, 1)
@@ -77,6 +80,10 @@ class Report:
             f"KV cache {self.kv_bytes / 2**20:.1f} MiB, {kv:.0%} saved",
             f"{self.flops / 1e12:.3g} TFLOP, {flops:.0%} saved",
         ]
+
+    def _times(self) -> list[str]:
+        times = ", ".join(f"{name} {ms:.2f} ms" for name, ms in self.milliseconds.items())
+        return [times] if times else []
 
     def __str__(self) -> str:
         if not self.rows:
@@ -93,8 +100,7 @@ class Report:
                 counts = ", ".join(map(str, self.visual[first]))
                 lines.append(f"{span:<8}{self.rows[first]:>8}  {counts}")
                 first = layer
-        times = ", ".join(f"{name} {ms:.2f} ms" for name, ms in self.milliseconds.items())
-        return "\n".join([*lines, *self._saved(), *([times] if times else [])])
+        return "\n".join([*lines, *self._saved(), *self._times()])
 
 
 def _heads(decoder: nn.Module, layer: nn.Module) -> int:
