@@ -7,6 +7,7 @@ import patch_models as tiny
 import pytest
 import transformers
 
+import hico_kernels
 from hico_kernels.patch.families import FAMILIES
 
 TEXT = (Path(__file__).parents[1] / "docs" / "patching.md").read_text()
@@ -50,6 +51,14 @@ def test_the_first_example_runs(capsys, tmp_path, monkeypatch):
     whole = TEXT.partition("## Merging as well")[2]
     exec(compile(code(whole), "patching.md", "exec"), names)
     assert re.search(r"^0 +20 +8$\n^1-2 +18 +6$\n^3 +14 +2$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.skipif(tiny.VERSION < (5, 4), reason="towers know flash attention by its exact name")
+def test_the_example_of_a_vision_tower_runs():
+    example = code(TEXT.partition("## One attention call")[2])
+    names = {"model": tiny.fresh("qwen2_vl"), "inputs": tiny.prompt("qwen2_vl")}
+    exec(compile(example, "patching.md", "exec"), {"hico_kernels": hico_kernels, **names})
+    assert names["model"].model.visual.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind in tiny.MODELS])

@@ -26,6 +26,7 @@ from hico_kernels.patch.prellm import LAYOUTS, PreLLM
 
 if TYPE_CHECKING:
     from hico_kernels.patch.handle import Handle
+    from hico_kernels.patch.vision import VisionAttention
 
 __all__ = [
     "DropPlan",
@@ -38,6 +39,7 @@ __all__ = [
     "presets",
     "selfcheck",
     "supports",
+    "vision_attention",
 ]
 
 
@@ -90,6 +92,13 @@ def selfcheck(
     from hico_kernels.patch import check
 
     return check.selfcheck(model, plan, rows)
+
+
+def vision_attention(model: nn.Module) -> "VisionAttention":
+    """One attention call for all frames in a vision tower: `hico_kernels.patch.vision`."""
+    from hico_kernels.patch import vision
+
+    return vision.vision_attention(model)
 
 
 class _Patch(ModuleType):
