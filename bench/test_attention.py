@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import alternatives
+from bench import alternatives, peers
 from bench.results import BY_NAME, by_name, short
 from hico_kernels import ragged_attention, ragged_decode_attention, why_not
 from hico_kernels.testing.shapes import LLMS, cu_seqlens
@@ -22,20 +22,36 @@ def auto_or(impl, operation, *tensors):
     return impl
 
 
-@pytest.mark.parametrize("impl", ["hico", "sdpa_each", *by_name("ragged_attention")])
-@DTYPES
-@pytest.mark.parametrize("lengths", [(512, 1024, 2048, 4096)], ids=["ragged4"])
-def test_ragged_attention(measure, device, threads, benchmark, lengths, dtype, impl):
-    benchmark.group = f"ragged_attention-ragged4-{short(dtype)}"
+def problems() -> list:
+    """Lengths, dtype. On a GPU also one whole prompt of each length of video."""
+    ragged = (512, 1024, 2048, 4096)
+    some = [("ragged4", ragged, dtype) for dtype in DTYPES.args[1]]
+    if torch.cuda.is_available():
+        some += [(name, (s.tokens,), torch.bfloat16) for name, s in LLMS.items()]
+    return [pytest.param(name, x, d, id=f"{name}-{short(d)}") for name, x, d in some]
+
+
+OTHERS = ["sdpa_each", *peers.on_gpu("sdpa_cudnn", "sdpa_flash", "flex")]
+MOST_FOR_FLEX = 20_000  # rows: its mask is made from one of all rows by all rows
+
+
+@pytest.mark.parametrize("impl", ["hico", *OTHERS, *by_name("ragged_attention")])
+@pytest.mark.parametrize(("shape", "lengths", "dtype"), problems())
+def test_ragged_attention(measure, device, threads, benchmark, shape, lengths, dtype, impl):
+    benchmark.group = f"ragged_attention-{shape}-{short(dtype)}"
     rows, longest, cu = sum(lengths), max(lengths), cu_seqlens(lengths, device)
+    if impl == "flex" and rows > MOST_FOR_FLEX:
+        pytest.skip(f"{rows} rows are too many for a mask")
+    if impl in ("sdpa_cudnn", "sdpa_flash") and dtype == torch.float32:
+        pytest.skip(f"{impl} has no float32")
     q = torch.randn(rows, S.heads, S.head_width, device=device, dtype=dtype)
     k, v = torch.randn(2, rows, S.kv_heads, S.head_width, device=device, dtype=dtype).unbind()
     own = auto_or(impl, "ragged_attention", q, k, v)
     ours = lambda: ragged_attention(q, k, v, cu, cu, longest, longest, impl=own)  # noqa: E731
-    theirs = lambda: alternatives.sdpa_each(q, k, v, lengths)  # noqa: E731
+    theirs = peers.attention(impl if impl in OTHERS else "sdpa_each", q, k, v, lengths)
     torch.testing.assert_close(ours(), theirs(), **CLOSE[dtype])
     flops = sum(2 * n * n * S.heads * S.head_width for n in lengths)  # half of the square
-    run = theirs if impl.startswith("sdpa") else ours
+    run = theirs if impl in OTHERS else ours
     measure(run, dtype=dtype, bytes_=2 * q.nbytes + k.nbytes + v.nbytes, flops=flops, rounds=5)
 
 

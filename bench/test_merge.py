@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import alternatives
+from bench import alternatives, peers
 from bench.results import short
 from hico_kernels import bipartite_soft_matching, merge_tokens
 from hico_kernels.testing import SPECS, Sample
@@ -18,6 +18,8 @@ def implementation(name: str, benchmark):
     """What merges: x, tokens to keep, heads -> tokens."""
     if name == "eager":
         return alternatives.eager_merge
+    if name == "flash_kmeans":
+        return peers.flash_kmeans
     if name == "compiled":  # compiling takes long: where nothing is timed, only that it can be
         backend = "eager" if benchmark.disabled else "inductor"
         return torch.compile(alternatives.eager_merge, backend=backend, dynamic=False)
@@ -25,15 +27,24 @@ def implementation(name: str, benchmark):
     return lambda x, keep, heads: merge_tokens(x, keep, num_heads=heads, impl=impl).tokens
 
 
-@pytest.mark.parametrize("impl", ["hico", "eager", "compiled", "linear_torch"])
-@DTYPES
-@SHAPES
-def test_merge_tokens(measure, device, threads, benchmark, shape, dtype, impl):
+def problems() -> list:
+    """Shape, number of clips, dtype. On a GPU also the clips of 1000 and 10,000 frames."""
+    some = [(shape, N, d) for shape in SHAPES.args[1] for d in DTYPES.args[1]]
+    if torch.cuda.is_available():
+        some += [("umt224_clip", clips, torch.bfloat16) for clips in (250, 2500)]
+    return [pytest.param(s, n, d, id=f"{s}_x{n}-{short(d)}") for s, n, d in some]
+
+
+@pytest.mark.parametrize(
+    "impl", ["hico", "eager", "compiled", "linear_torch", *peers.on_gpu("flash_kmeans")]
+)
+@pytest.mark.parametrize(("shape", "clips", "dtype"), problems())
+def test_merge_tokens(measure, device, threads, benchmark, shape, clips, dtype, impl):
     s = CLIPS[shape]
-    benchmark.group = f"merge_tokens-{shape}_x{N}-{short(dtype)}"
-    x = torch.randn(N, s.tokens, s.channels, device=device, dtype=dtype)
+    benchmark.group = f"merge_tokens-{shape}_x{clips}-{short(dtype)}"
+    x = torch.randn(clips, s.tokens, s.channels, device=device, dtype=dtype)
     run = implementation(impl, benchmark)
-    assert run(x, s.keep, s.heads).shape == (N, s.keep, s.channels)
+    assert run(x, s.keep, s.heads).shape == (clips, s.keep, s.channels)
     cost = SPECS["merge_tokens"].cost(Sample(shape, (x, s.keep), {"num_heads": s.heads}))
     # Matching is in float32 whatever the dtype.
     measure(

@@ -3,15 +3,18 @@
 import pytest
 import torch
 
-from bench import alternatives
+from bench import alternatives, peers
 from bench.results import by_name
 from hico_kernels import gather_tokens, select_topk, text_guided_scores, uniform_indices
 from hico_kernels.testing.shapes import LLMS, cu_seqlens
 
-VIDEOS = ["qwen2_256frames", "qwen2_10000frames"]
+VIDEOS = list(LLMS) if torch.cuda.is_available() else ["qwen2_256frames", "qwen2_10000frames"]
 
 
-@pytest.mark.parametrize("impl", ["hico", "grouped_torch"])
+@pytest.mark.parametrize(
+    "impl",
+    ["hico", "grouped_torch", *peers.on_gpu("compiled", "flash_colreduce")],
+)
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("video", VIDEOS)
 def test_text_guided_scores(measure, device, threads, benchmark, video, rows, impl):
@@ -23,7 +26,10 @@ def test_text_guided_scores(measure, device, threads, benchmark, video, rows, im
     run = {
         "hico": lambda: text_guided_scores(q, k, cu_q, cu_k),
         "grouped_torch": lambda: alternatives.grouped_scores(q, k),
+        "compiled": lambda: compiled(q, k),
+        "flash_colreduce": lambda: peers.flash_colreduce(q, k),
     }[impl]
+    compiled = torch.compile(alternatives.grouped_scores, dynamic=False)
     torch.testing.assert_close(
         text_guided_scores(q, k, cu_q, cu_k),
         alternatives.grouped_scores(q, k),
@@ -34,7 +40,9 @@ def test_text_guided_scores(measure, device, threads, benchmark, video, rows, im
     measure(run, dtype=q.dtype, bytes_=k.nbytes + 4 * s.tokens, flops=flops)
 
 
-@pytest.mark.parametrize("impl", ["hico", "topk_and_sort"])
+@pytest.mark.parametrize(
+    "impl", ["hico", "topk_and_sort", *peers.on_gpu("flashinfer_topk_and_sort")]
+)
 @pytest.mark.parametrize("video", VIDEOS)
 def test_select_topk(measure, device, threads, benchmark, video, impl):
     n = LLMS[video].visual
@@ -44,6 +52,7 @@ def test_select_topk(measure, device, threads, benchmark, video, impl):
     run = {
         "hico": lambda: select_topk(scores, cu, [n // 2]),
         "topk_and_sort": lambda: alternatives.topk_and_sort(scores, n // 2),
+        "flashinfer_topk_and_sort": lambda: peers.flashinfer_topk_and_sort(scores, n // 2),
     }[impl]
     assert torch.equal(scores[run()].sort().values, scores.sort().values[n - n // 2 :])
     measure(run, dtype=scores.dtype, bytes_=scores.nbytes + 8 * (n // 2))

@@ -30,6 +30,7 @@ from hico_kernels.testing import gpu_table
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 5  # seconds between asking a command to end and ending it
 ALONE = 9 * 60 - 2 * GRACE  # seconds of a part that runs alone
+ASKED_FOR = ("bench_patch", "bench_tome")  # whole models: too long to be among the others
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def parts(out: Path) -> dict[str, Part]:
     others = (*drawn, "test_triton_attention.py")
     others = tuple(f"tests/{file}" for file in others if (ROOT / "tests" / file).exists())
     plain = () if _here("pytest_benchmark") else ("-p", "hico_kernels.testing.plain_benchmark")
-    bench = {"merge": 90, "select": 35, "attention": 40, "table": 60}  # files' names begin so
+    bench = {"merge": 90, "select": 35, "attention": 40, "table": 60, "patch": ALONE, "tome": ALONE}
     return {
         "build": Part(
             80,
@@ -109,13 +110,14 @@ def parts(out: Path) -> dict[str, Part]:
     }
 
 
-def chosen(names: list[str], out: Path) -> dict[str, Part]:
-    """The parts of these names. The papers' tables at their real sizes take minutes: alone, they
-    have all of the time."""
+def chosen(names: list[str] | None, out: Path) -> dict[str, Part]:
+    """The parts of these names, or all that go together. One that runs alone has all of the time:
+    the papers' tables at their real sizes and large batches take minutes.
+    """
     every = parts(out)
-    if names == ["bench_table"]:
-        return {"bench_table": replace(every["bench_table"], seconds=ALONE)}
-    return {name: every[name] for name in names}
+    if names and len(names) == 1:
+        return {names[0]: replace(every[names[0]], seconds=ALONE)}
+    return {name: every[name] for name in names or every if names or name not in ASKED_FOR}
 
 
 def missing(part: Part) -> list[str]:
@@ -239,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("make gpu needs a CUDA device, and this torch sees none", file=sys.stderr)
         return 2
     sys.path.insert(0, str(ROOT))
-    return work(chosen(args.only or names, args.out.resolve()), args.out.resolve())
+    return work(chosen(args.only, args.out.resolve()), args.out.resolve())
 
 
 if __name__ == "__main__":
