@@ -15,6 +15,10 @@ from torch import Tensor
 from hico_kernels.attention.triton_tiles import LOG2E, load_columns, place_of, product
 from hico_kernels.triton_tiles import architecture, bounds, dot, interpreted, sequence_at, slots
 
+# Registers a thread where two programs of 8 warps share a multiprocessor. Left alone, the ptxas of
+# Triton 3.6 stops there with a value spilled; told of it, it does without, like the one of 3.9.
+_TWO_PROGRAMS = 128
+
 
 @triton.jit(do_not_specialize=["rows"])
 def delta_kernel(
@@ -207,10 +211,8 @@ def tiles_of(q: Tensor) -> dict[str, int]:
     else:
         m, n, warps, stages = 32, 32, 8, 1
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    if not interpreted() and part == width <= 128 and (n == 32 or architecture() >= 100):
-        # Two programs on a multiprocessor. Left alone, the ptxas of Triton 3.6 stops at that limit
-        # with a value spilled; told of it, it does without, like the one of 3.9.
-        options["maxnreg"] = 128
+    if part == width == 128 and n == 32 and not interpreted():
+        options["maxnreg"] = _TWO_PROGRAMS
     return {"BLOCK_D": width, "PART": part, "M": m, "N": n, **options}
 
 
@@ -259,5 +261,7 @@ def ragged_attention_backward(
         dq_kernel[programs](*read, dq, *rest, **shape, **own)
     if keys:
         programs = (slots(keys, sequences, tiles["N"]), groups)
+        if tiles["PART"] == tiles["BLOCK_D"] == 128 and architecture() >= 100:
+            tiles["maxnreg"] = _TWO_PROGRAMS
         dkv_kernel[programs](*read, dk, dv, *rest, **shape, **tiles)
     return dq, dk, dv
