@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hico_kernels.merge import merge_similar
 from hico_kernels.patch.families import UnsupportedModel
-from hico_kernels.tome.matching import match
 from hico_kernels.tome.schedule import Settings
 from hico_kernels.tome.towers import Parts
 
@@ -99,28 +99,31 @@ class Packed:
         patches of a group side by side.
         """
         metric = self._by_group(key[0].detach().mean(dim=0, dtype=self.wide))
+        groups, updates = self._by_group(x), self._by_group(update)
         old = self._rows()
         found = [
-            match(self._of(metric, rows), pairs, 0, self.settings.order)
+            merge_similar(
+                self._of(groups, rows),
+                self._of(metric, rows),
+                pairs,
+                self._of(self.group_sizes, rows),
+                other=self._of(updates, rows),
+                order=self.settings.order,
+            )
             for rows, pairs in zip(old, r, strict=True)
         ]
         self._lengths = self._lengths - torch.tensor(r)
         new = self._rows()
-        merged, step = [], torch.empty_like(self.groups[: len(self.group_sizes)])
-        for (matching, kept), before, after in zip(found, old, new, strict=True):
-            sizes = self._of(self.group_sizes, before)
-            x_, update_ = (
-                matching.merge(self._of(self._by_group(each), before), sizes)
-                for each in (x, update)
-            )
-            places = self._of(self.places, before).gather(1, kept)
-            merged.append((x_[0], update_[0], x_[1], places))
-            step[before] = after.gather(1, matching.assignment.long())
+        merged, into = [], torch.empty_like(self.groups[: len(self.group_sizes)])
+        for step, before, after in zip(found, old, new, strict=True):
+            places = self._of(self.places, before).gather(1, step.places.long())
+            merged.append((step.tokens, step.other, step.sizes, places))
+            into[before] = after.gather(1, step.matching.assignment.long())
         width = x.shape[1]
         x, update, self.group_sizes, self.places = (
             self._join(parts, new) for parts in zip(*merged, strict=True)
         )
-        self.groups = step[self.groups]
+        self.groups = into[self.groups]
         self.merged = True
         return [x.view(-1, width), update.view(-1, width)]
 
