@@ -409,6 +409,24 @@ def test_blocks_called_out_of_turn_are_refused():
         handle.unmerge(seen["x"])
 
 
+@pytest.mark.skipif(patch_models.VERSION < (5, 4), reason="vision_attention needs 5.4")
+def test_the_other_way_to_attend_to_all_frames_at_once_is_refused():
+    tower, inputs = made("qwen2_5_vl")
+    stock = everything(tower(**inputs))
+    other = hico_kernels.patch.vision_attention(tower)
+    with pytest.raises(UnsupportedModel, match="must be 'sdpa', got 'hico_flash_varlen'"):
+        tome.patch(tower, r=2)
+    other.remove()
+    handle = tome.patch(tower, r=2)
+    other = hico_kernels.patch.vision_attention(tower)
+    with pytest.raises(UnsupportedModel, match="must be 'sdpa', got 'hico_flash_varlen'"):
+        tower(**inputs)
+    other.remove()
+    tower(**inputs)
+    handle.remove()
+    assert equal(everything(tower(**inputs)), stock)
+
+
 def test_dropout_is_refused():
     tower, inputs = made("qwen2_vl")
     tower.blocks[0].attn.attention_dropout = 0.5
