@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hico_kernels.merge.triton_match import unit_rows
 from hico_kernels.triton_tiles import architecture
 
 TOKENS = 1024  # at most: a number for each pair, [16, L] at once in registers
@@ -25,19 +24,35 @@ _BLOCK = 512  # columns
 
 
 @triton.jit
-def unit_tile(metric, token, known, width, m_t, m_d, BD: tl.constexpr):
-    """Rows of the metric at length 1 [len(token), BD]."""
-    d = tl.arange(0, BD)
+def metric_tile(metric, token, known, width, m_t, m_d, part, BD: tl.constexpr):
+    """BD columns of rows of the metric, from column `part` on: [len(token), BD] float32."""
+    d = part + tl.arange(0, BD)
     at = token.to(tl.int64)[:, None] * m_t + d.to(tl.int64)[None, :] * m_d
-    rows = tl.load(metric + at, mask=known[:, None] & (d < width)[None, :], other=0)
-    return unit_rows(rows.to(tl.float32))
+    wanted = known[:, None] & (d < width)[None, :]
+    return tl.load(metric + at, mask=wanted, other=0).to(tl.float32)
+
+
+@triton.jit
+def lengths(metric, token, known, width, m_t, m_d, BD: tl.constexpr, PARTS: tl.constexpr):
+    """Of rows of the metric."""
+    square = known.to(tl.float32) * 0
+    for part in tl.static_range(PARTS):
+        rows = metric_tile(metric, token, known, width, m_t, m_d, part * BD, BD)
+        square += tl.sum(rows * rows, axis=1)
+    return tl.sqrt_rn(square)[:, None]
+
+
+@triton.jit
+def divided(rows, length):
+    """Rows at length 1; a zero row stays zero, and NaN spreads over no more than its row."""
+    return tl.where(length > 0, tl.div_rn(rows, tl.where(length > 0, length, 1)), 0 * rows)
 
 
 @triton.jit
 def best_partners(
     metric, t, width, m_t, m_d,
     CLASS: tl.constexpr, DISTILL: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Of each token 2h the largest product with a token 2j + 1, and its first j: [L] both."""
     count_a, count_b = t - t // 2, t // 2
@@ -46,13 +61,18 @@ def best_partners(
     into = tl.zeros((L // BM, BM), tl.int32)
     for first_a in range(0, count_a, BM):
         h = first_a + tl.arange(0, BM)
-        a = unit_tile(metric, 2 * h, h < count_a, width, m_t, m_d, BD)
+        length_a = lengths(metric, 2 * h, h < count_a, width, m_t, m_d, BD, PARTS)
         most = tl.full((BM,), float("-inf"), tl.float32)
         place = tl.zeros((BM,), tl.int32) + DISTILL
         for first_b in range(0, count_b, BN):
             j = first_b + tl.arange(0, BN)
-            b = unit_tile(metric, 2 * j + 1, j < count_b, width, m_t, m_d, BD)
-            product = tl.dot(a, tl.trans(b), input_precision="tf32x3")
+            length_b = lengths(metric, 2 * j + 1, j < count_b, width, m_t, m_d, BD, PARTS)
+            product = tl.zeros((BM, BN), tl.float32)
+            for part in tl.static_range(PARTS):
+                a = metric_tile(metric, 2 * h, h < count_a, width, m_t, m_d, part * BD, BD)
+                b = metric_tile(metric, 2 * j + 1, j < count_b, width, m_t, m_d, part * BD, BD)
+                a, b = divided(a, length_a), divided(b, length_b)
+                product = tl.dot(a, tl.trans(b), product, input_precision="tf32x3")
             valid = ((j >= DISTILL) & (j < count_b))[None, :] & (product == product)
             value, where = tl.max(
                 tl.where(valid, product, float("-inf")), axis=1, return_indices=True
@@ -209,13 +229,13 @@ def merge_step_kernel(
     m_n, m_t, m_d, x_n, x_t, x_c, o_n, o_t, o_c, size_n, size_t,
     CLASS: tl.constexpr, DISTILL: tl.constexpr, SPATIAL: tl.constexpr, SORTED: tl.constexpr,
     WEIGHTED: tl.constexpr, OTHER: tl.constexpr, L: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """`programs` of them have an image; each takes every so many-th block of columns."""
     n = (tl.program_id(0) // programs).to(tl.int64)
     own = tl.program_id(0) % programs
     best, into = best_partners(
-        metric + n * m_n + front * m_t, t, width, m_t, m_d, CLASS, DISTILL, L, BM, BN, BD
+        metric + n * m_n + front * m_t, t, width, m_t, m_d, CLASS, DISTILL, L, BM, BN, BD, PARTS
     )
     gone, place = best_pairs(best, t, r, CLASS, SORTED, L)
     for block in range(own, tl.maximum(tl.cdiv(c, BC), 1), programs):  # one writes the sizes
@@ -264,15 +284,15 @@ def merge_step(
     block = min(triton.next_power_of_2(columns), _BLOCK)
     side = max(triton.next_power_of_2(t - t // 2), 64)
     programs = max(min(_PROGRAMS // max(n, 1), triton.cdiv(columns, block)), 1)
-    wide = 64 if metric.shape[2] <= 64 else WIDTH
-    columns_b = 64 if wide == 64 and architecture() >= 90 else 2048 // wide  # else registers spill
+    parts = triton.cdiv(max(metric.shape[2], 1), 64)
+    columns_b = 64 if parts == 1 and architecture() >= 90 else 32  # else registers spill
     merge_step_kernel[(n * programs,)](
         metric, x, given, weights, out, second, merged, assignment, places,
         t, r, front, tokens, keep, metric.shape[2], c, given.shape[2], programs,
         *metric.stride(), *x.stride(), *given.stride(), *weights.stride(),
         CLASS=int(class_token), DISTILL=int(distill_token), SPATIAL=spatial,
         SORTED=not (spatial or class_token), WEIGHTED=sizes is not None, OTHER=other is not None,
-        L=side, BM=64, BN=columns_b, BD=wide, BK=16,
-        BC=block, num_warps=8, num_stages=1, enable_fp_fusion=True,
+        L=side, BM=64, BN=columns_b, BD=64, PARTS=parts, BK=16, BC=block,
+        num_warps=8, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return out, merged, assignment, places, second
