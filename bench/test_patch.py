@@ -5,7 +5,9 @@ The language model alone, with random weights; the vision tower has a row of its
 shapes are small, and what shows is the code; on CUDA they are those of the released models.
 """
 
+import time
 from contextlib import nullcontext
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +24,8 @@ DTYPE, TAG = (torch.bfloat16, "bf16") if CUDA else (torch.float32, "f32")
 PER_FRAME, TEXT, NEW = 16, 64, 16
 SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000}
+MIDDLE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12}
+MIDDLE |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 4000}
 SIZES = {  # Qwen2.5-VL-3B and LLaVA-OneVision-7B
     "qwen2_5_vl": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36}
     | {"num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936},
@@ -37,8 +41,8 @@ shapes = pytest.mark.parametrize(("frames", "batch"), SHAPES, ids=[f"{f}-{b}" fo
 models = pytest.mark.parametrize("name", SIZES)
 
 
-def build(name, device):
-    sizes = SIZES[name] if CUDA else SMALL
+def build(name, device, sizes=None):
+    sizes = sizes or (SIZES[name] if CUDA else SMALL)
     rope = {"rope_type": "default", "rope_theta": 1e6}
     if name == "qwen2_5_vl":
         rope["mrope_section"] = [
@@ -223,6 +227,74 @@ def test_keeping_everything(measure, device, threads, benchmark, model, as_impl,
     with as_impl(model, impl, DropPlan({1: Uniform(1.0), 3: TextTopK(1.0)})) as handle:
         assert torch.equal(read(model, given, handle)[0], want)
         measure(lambda: read(model, given, handle), dtype=DTYPE, rounds=10)
+
+
+@models
+@pytest.mark.parametrize("phase", ["prefill", "decoding"])
+@pytest.mark.parametrize("impl", ["patched"])
+def test_overhead_of_keeping_everything(
+    measure, device, threads, benchmark, timed, as_impl, name, phase, impl
+):
+    """What the hooks cost on a mid-size model with 1,024 visual tokens: `overhead_percent` is the
+    median over rounds, each a stock and a patched run one after the other, of their ratio.
+    """
+    benchmark.group = f"keep_all_{phase}-{name}_middle_1024-{TAG}"
+    model = build(name, device, MIDDLE)
+    given, plan = prompt(model, 64, "one", device), DropPlan({2: Uniform(1.0), 8: TextTopK(1.0)})
+    caches = {}
+
+    def run(handle):
+        if phase == "prefill":
+            read(model, given, handle)
+        else:
+            decode(model, given, caches[handle is not None])
+
+    def seconds(kind):
+        with as_impl(model, kind, plan) as handle:
+            if CUDA:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run(handle)
+            if CUDA:
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+    logits = []
+    for kind in ("stock", impl):
+        with as_impl(model, kind, plan) as handle:
+            first, caches[handle is not None] = read(model, given, handle)
+            logits.append(first)
+    assert torch.equal(*logits)
+    ratios = []
+    for turn in range((31 if phase == "decoding" else 11) if timed else 1):
+        order = ("stock", impl) if turn % 2 == 0 else (impl, "stock")
+        took = {kind: seconds(kind) for kind in order}
+        ratios.append(took[impl] / took["stock"])
+    benchmark.extra_info["overhead_percent"] = 100 * (median(ratios) - 1)
+    with as_impl(model, impl, plan) as handle:
+        measure(lambda: run(handle), dtype=DTYPE, rounds=5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl"])
+@pytest.mark.parametrize("impl", ["stock", "ragged"])
+def test_vision_tower_of_many_frames(measure, device, threads, benchmark, model, impl):
+    """512 time steps of 16 patches each, which stock attends to one by one in every block."""
+    benchmark.group = f"vision_tower-{model.config.model_type}_512-{TAG}"
+    tower, grid = model.model.visual, torch.tensor([[512, 4, 4]], device=device)
+    patches = torch.randn(512 * 16, tower.patch_embed.proj.weight[0].numel(), device=device)
+
+    def encode():
+        with torch.no_grad():
+            return tower(patches.to(DTYPE), grid_thw=grid).pooler_output
+
+    want = encode()
+    handle = hico_kernels.patch.vision_attention(tower) if impl == "ragged" else None
+    try:
+        torch.testing.assert_close(encode(), want, rtol=1e-2, atol=3e-2 if CUDA else 1e-4)
+        measure(encode, dtype=DTYPE, rounds=3)
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @pytest.mark.parametrize("name", ["llava_onevision"])

@@ -46,7 +46,7 @@ def draw(
         for kind, x, name in (
             ("visual", LEFT, "visual tokens"),
             ("text", LEFT + 130, "text"),
-            ("gone", LEFT + 200, "dropped, by layer"),
+            ("gone", LEFT + 200, "left out, by layer"),
         )
     )
     return (
