@@ -13,12 +13,16 @@ VIDEOS = {
     "qwen2_vl": (2, 6, 2),
     "qwen2_5_vl": (2, 6, 2),
     "qwen3_vl": (2, 6, 2),
+    "qwen3_5": (2, 6, 2),
+    "qwen3_5_moe": (2, 6, 2),
     "llava_onevision": (3, 4, 1),
     "llava_next_video": (3, 4, 1),
     "internvl": (3, 4, 1),
     "internvl-qwen3": (3, 4, 1),
 }
-MULTI_AXIS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+VIDEOS = {name: video for name, video in VIDEOS.items() if name in tiny.MODELS}
+STATES = [name for name in VIDEOS if name.startswith("qwen3_5")]  # linear attention in layer 0
+MULTI_AXIS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
 
 
 def by_hand(name, embeds, places, plan):

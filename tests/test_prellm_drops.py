@@ -10,7 +10,7 @@ import patch_models as tiny
 import pytest
 import torch
 from patch_runs import forward, grown, second_turn
-from prellm_runs import MULTI_AXIS, VIDEOS, expected
+from prellm_runs import MULTI_AXIS, STATES, VIDEOS, expected
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
@@ -26,6 +26,7 @@ TEXT_FIRST = DropPlan({0: TextTopK(0.5), 2: Uniform(0.25)}, pre_llm=MERGE)
 PLANS = {"deep": PLAN, "late": LATE, "text-first": TEXT_FIRST}
 every_model = pytest.mark.parametrize("name", VIDEOS)
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+attending = pytest.mark.parametrize("name", [name for name in VIDEOS if name not in STATES])
 either_rows = pytest.mark.parametrize("rows", ["padded", "packed"])
 
 
@@ -44,7 +45,7 @@ def assert_continues(model, name, inputs, plan, kept, got, **more):
         torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-5)
 
 
-@every_model
+@attending
 @every_plan
 @either_rows
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -68,7 +69,14 @@ def test_logits_are_those_of_inputs_merged_by_hand_and_masked(name, plan, rows, 
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
-@every_model
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("plan", [PLAN, LATE], ids=["deep", "late"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_states_take_in_what_merging_and_drops_leave(name, plan, side):
+    test_logits_are_those_of_inputs_merged_by_hand_and_masked(name, plan, "padded", side)
+
+
+@attending
 @either_rows
 @torch.no_grad()
 def test_generate_goes_on_with_what_is_left(name, rows):
@@ -80,6 +88,16 @@ def test_generate_goes_on_with_what_is_left(name, rows):
         kept = rows_of(handle, 3)
     lengths = [layer.keys.shape[2] for layer in got.past_key_values.layers]
     assert rows == "packed" or lengths == sorted(lengths, reverse=True)
+    assert_continues(model, name, inputs, PLAN, kept, got)
+
+
+@pytest.mark.parametrize("name", STATES)
+@torch.no_grad()
+def test_generate_goes_on_with_the_states(name):
+    model, inputs = tiny.model(name), tiny.prompt(name, (0, 3, 1))
+    with hico_kernels.compress(model, PLAN) as handle:
+        got = tiny.generate(model, inputs)
+        kept = rows_of(handle, 3)
     assert_continues(model, name, inputs, PLAN, kept, got)
 
 
@@ -244,7 +262,7 @@ def test_a_number_per_frame_counts_the_frames_before_merging(name):
     with hico_kernels.compress(tiny.model(name), plan) as handle:
         forward(tiny.model(name), **tiny.prompt(name, (0, 3)))
     visual = handle.report().visual
-    assert visual[1:] == [[2 * steps] * 2, [2 * steps] * 2, [steps] * 2]
+    assert visual[1:4] == [[2 * steps] * 2, [2 * steps] * 2, [steps] * 2]
     assert visual[0][0] > visual[1][0]
 
 

@@ -136,6 +136,8 @@ LAYOUTS = {
     "qwen2_vl": Layout(_grids, "video_token_id", frames=_temporal_patch),
     "qwen2_5_vl": Layout(_grids, "video_token_id", frames=_temporal_patch),
     "qwen3_vl": Layout(_apart, "video_token_id", frames=_temporal_patch),
+    "qwen3_5": Layout(_apart, "video_token_id", frames=_temporal_patch),
+    "qwen3_5_moe": Layout(_apart, "video_token_id", frames=_temporal_patch),
     "llava_onevision": Layout(
         _with_newline, "video_token_id", lambda config: math.ceil(_side(config) / 2) ** 2
     ),
