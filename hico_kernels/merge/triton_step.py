@@ -20,7 +20,6 @@ from hico_kernels.triton_tiles import architecture
 TOKENS = 1024  # at most: a number for each pair, [16, L] at once in registers
 WIDTH = 128  # at most: a row of the metric is normalised in registers
 _PROGRAMS = 128  # about the multiprocessors of a GPU: 108 on an A100, 132 on an H200
-_BLOCK = 512  # columns
 
 
 @triton.jit
@@ -281,7 +280,9 @@ def merge_step(
     second = x.new_empty(0) if other is None else other.new_empty(n, keep, other.shape[2])
     given, weights = x if other is None else other, assignment if sizes is None else sizes
     columns = max(c, given.shape[2], 16)
-    block = min(triton.next_power_of_2(columns), _BLOCK)
+    block = min(triton.next_power_of_2(columns), 512)
+    while block > 128 and n * triton.cdiv(columns, block) < _PROGRAMS:
+        block //= 2
     side = max(triton.next_power_of_2(t - t // 2), 64)
     programs = max(min(_PROGRAMS // max(n, 1), triton.cdiv(columns, block)), 1)
     parts = triton.cdiv(max(metric.shape[2], 1), 64)

@@ -33,10 +33,10 @@ def _merge_apply(dtype: torch.dtype) -> Iterator[tuple]:
 
 
 def _merge_similar(dtype: torch.dtype) -> Iterator[tuple]:
-    x, sizes = _empty(8, 577, 1024, dtype=dtype), _empty(8, 577, dtype=torch.int32)
-    yield (x, _empty(8, 577, 64, dtype=torch.float32), 16, sizes, x), {"class_token": True}
-    x = _empty(64, 729, 1152, dtype=dtype)
-    yield (x, _empty(64, 729, 72, dtype=torch.float32), 16), {"spatial": False}
+    x, sizes = _empty(64, 577, 1024, dtype=dtype), _empty(64, 577, dtype=torch.int32)
+    yield (x, _empty(64, 577, 64, dtype=torch.float32), 16, sizes, x), {"class_token": True}
+    x = _empty(8, 729, 1152, dtype=dtype)
+    yield (x, _empty(8, 729, 72, dtype=torch.float32), 16), {"spatial": False}
 
 
 def _merge_backward(dtype: torch.dtype) -> Iterator[tuple]:
