@@ -1,4 +1,4 @@
-"""The tests of hico_kernels.patch on several releases of transformers: `make compat`.
+"""The tests of hico_kernels.patch and tome on several releases of transformers: `make compat`.
 
 Each release gets a virtual environment of its own in a cache folder (transformers pins what it
 needs), which borrows torch, pytest and the rest from the interpreter that runs this. Results go to
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "tests" / "compat.json", ROOT / "docs" / "patching.md"
 START, END = "<!-- from tests/compat.json, by make compat -->\n", "<!-- end of compat.json -->\n"
 COMPILE = ROOT / "tests" / "test_patch_compile.py"
+TIMM = ROOT / "tests" / "test_tome_timm.py"  # towers without transformers
 RELEASES = ("4.57.6", "5.4.0", "5.13.1", "5.18.0", "newest")
 FAMILIES = {  # as in tests/patch_models.py, longest first where one name begins another
     "qwen2_5_vl": "Qwen2.5-VL",
@@ -57,7 +58,9 @@ def environment(release: str, folder: Path) -> Path:
 def run(python: Path, report: Path) -> dict:
     """Run the tests; how many of each family, and of all, passed, failed and were skipped."""
     # Compiling takes as long as all else together, and does not depend on the release.
-    tests = sorted(map(str, set((ROOT / "tests").glob("test_patch*.py")) - {COMPILE}))
+    groups = ("patch", "prellm", "tome")
+    files = {file for group in groups for file in (ROOT / "tests").glob(f"test_{group}*.py")}
+    tests = sorted(map(str, files - {COMPILE, TIMM}))
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     subprocess.run([*command, *tests], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     ask = "import torch, transformers; print(transformers.__version__, torch.__version__)"
