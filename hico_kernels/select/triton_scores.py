@@ -310,6 +310,8 @@ def _scores(
             **shape, BLOCK_H=block_h, N=tiles["N"], enable_fp_fusion=True,
         )  # fmt: skip
     if kept < rows:
+        if tables and options["num_stages"] == 1 and architecture() < 90:
+            tiles["PART"] = 32  # with 64, Triton 3.9 spills a value for sm_80
         weights_kernel[programs](
             q, k, cos, sin, *ends, *whole, scores, *sizes, kept, scale * _LOG2E, *strides,
             **shape, D=width, **tiles, **options,
