@@ -62,9 +62,11 @@ def forward_kernel(
     q_row, q_head, q_column, k_row, k_head, k_column, v_row, v_head, v_column,
     bias_step, cu_q_step, cu_k_step,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """M query rows of a head of a sequence."""
+    """M query rows of a head of a sequence. Strides of rows and heads count STEP numbers."""
+    q_row, k_row, v_row = q_row * STEP, k_row * STEP, v_row * STEP
+    q_head, k_head, v_head = q_head * STEP, k_head * STEP, v_head * STEP
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
     g = h // (H // G)
@@ -108,10 +110,19 @@ def forward_kernel(
         tl.store(lse_ptr + tl.cast(h, tl.int64) * rows + q_start + i, lse, mask=wanted)
 
 
-def tiles_of(q: Tensor) -> dict[str, int]:
+def step_of(*tensors: Tensor) -> int:
+    """8 where a head is no multiple of 16 numbers wide (SigLIP's have 72), which is all that Triton
+    looks at, but all rows and heads begin at multiples of 8: else it would load one by one.
+    """
+    strides = [stride for x in tensors for stride in x.stride()[:2]]
+    return 8 if tensors[0].shape[2] % 16 and all(n % 8 == 0 for n in strides) else 1
+
+
+def tiles_of(q: Tensor, step: int) -> dict[str, int]:
     """Rows M and keys N of a tile, width, and the part of it that is multiplied at once."""
     width = max(triton.next_power_of_2(q.shape[2]), 16)
-    older, odd = architecture() < 90, q.shape[2] % 16 > 0  # odd: an address for every value
+    older = architecture() < 90
+    odd = q.shape[2] % 16 > 0 and step == 1  # an address for every value
     if q.dtype == torch.float32:
         m, n, warps, stages = (128, 64, 4, 1) if interpreted() else (32, 16, 4, 1)
     elif width <= 64 and not odd:
@@ -144,12 +155,14 @@ def ragged_attention(
     lse = q.new_empty(heads, rows, dtype=torch.float32)
     if not rows or not sequences:
         return out, lse
-    tiles = tiles_of(q)
+    step = step_of(q, k, v)
+    strides = [(x.stride(0) // step, x.stride(1) // step, x.stride(2)) for x in (q, k, v)]
+    tiles = tiles_of(q, step) | {"STEP": step}
     if _OLD and tiles["BLOCK_D"] <= 64 and key_bias is None and architecture() >= 100:
         tiles["maxnreg"] = 128  # it stops there by itself, with a value spilled
     forward_kernel[(slots(rows, sequences, tiles["M"]), heads)](
         q, k, v, key_bias, out, lse, cu_seqlens_q, cu_seqlens_k,
-        sequences, rows, k.shape[0], scale * LOG2E, *q.stride(), *k.stride(), *v.stride(),
+        sequences, rows, k.shape[0], scale * LOG2E, *strides[0], *strides[1], *strides[2],
         0 if key_bias is None else key_bias.stride(0), cu_seqlens_q.stride(0),
         cu_seqlens_k.stride(0),
         H=heads, G=k.shape[1], D=width, CAUSAL=causal, BIAS=key_bias is not None, **tiles,
