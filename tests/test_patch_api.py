@@ -218,6 +218,23 @@ def test_the_time_of_attention_is_that_of_all_layers_of_the_prompt(model, inputs
     assert hooks_of(model) == before
 
 
+def test_a_plan_that_drops_nothing_leaves_the_layers_alone(model, inputs, monkeypatch):
+    def refuse(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(call.Call, "before_layer", refuse)
+    with hico_kernels.compress(model, DropPlan({1: Uniform(1.0), 3: TextTopK(1.0)})) as handle:
+        tiny.generate(model, inputs)
+        report = handle.report()
+        handle.set_plan(PLAN)
+        with pytest.raises(AssertionError):
+            logits(model, inputs)
+    assert report.rows == [26] * 4
+    assert report.visual == [[13, 13]] * 4
+    assert report.flops_saved == report.kv_bytes_saved == 0 < report.flops
+    assert list(report.milliseconds) == ["attention"]
+
+
 def test_a_call_that_fails_is_not_watched_on(model, inputs):
     with hico_kernels.compress(model, PLAN) as handle:
         before = hooks_of(model)
