@@ -331,6 +331,18 @@ def test_frames_before_the_first_key_frame_of_an_open_gop_are_not_counted(tmp_pa
     assert np.array_equal(video.read_frames(path, range(len(every))), every)
 
 
+def test_decord_puts_no_frame_in_the_place_of_another(tmp_path, request):
+    whole = write(tmp_path / "whole.mp4", **FILES["open-gops.mp4"])
+    path = str(cut_out(whole, tmp_path / "cut.mkv", 0))
+    count = len(decoded(path))
+    request.getfixturevalue("only_decord")
+    opened = object.__new__(video._DecordVideo)  # its __init__ refuses this file for its edit list
+    opened.path = path
+    assert len(opened._reader()) > count  # lists frames whose references are cut off
+    with pytest.raises(UserError, match=r"cut\.mkv"):
+        list(opened.frames(range(len(opened._reader()))))
+
+
 @pytest.mark.parametrize("codec", ["libx264", "mpeg2video", "mpeg4"])
 def test_a_recording_that_begins_midway_is_read_from_its_first_key_frame(tmp_path, codec):
     whole = write(tmp_path / "whole.ts", codec=codec, options=GOP)
