@@ -1,6 +1,7 @@
 """Merging in towers of packed frames, which end in a patch merger, against the equations."""
 
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 
 import patch_models
 import pytest
@@ -330,6 +331,24 @@ def test_tokens_can_be_dropped_behind_a_merging_tower(family):
     want = patch_models.reference(model, handle, inputs)
     assert patch_models.difference(got, want) < 1e-9
     assert tower.sizes.max() > 1
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_clips_can_merge_behind_a_merging_tower(family):
+    """They see what the tower gives, and nothing else of it."""
+    model, inputs = patch_models.fresh(family), patch_models.prompt(family, (0, 3))
+    plan, gave = hico_kernels.PreLLM(merge_to=3, per_frames=2), []
+    tower = tome.patch(model.model.visual, keep=0.5)
+    model.model.visual.register_forward_hook(lambda *call: gave.append(copy(call[-1])))
+    with hico_kernels.compress(model, plan):
+        got = patch_models.generate(model, inputs)
+    assert tower.sizes.max() > 1
+    assert len(gave) == 1
+    tower.remove()
+    model.model.visual.register_forward_hook(lambda *call: copy(gave[0]))
+    with hico_kernels.compress(model, plan):
+        want = patch_models.generate(model, inputs)
+    assert patch_models.difference(got, want) == 0
 
 
 @pytest.mark.skipif(patch_models.VERSION < (5, 18), reason="as for other towers: see docs/tome.md")
