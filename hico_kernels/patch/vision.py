@@ -5,7 +5,7 @@ attention they hand over cumulative lengths; with sdpa every block splits its to
 attention once for each frame. They decide by "flash" in the name of the attention.
 """
 
-from inspect import signature
+from inspect import signature, unwrap
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -57,7 +57,7 @@ def vision_attention(model: nn.Module) -> VisionAttention:
 
 
 def _splits(module: nn.Module) -> bool:
-    forward = type(module).forward
+    forward = unwrap(type(module).forward)  # some releases wrap it in a warning
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     return "is_flash_attention_requested" in names and "cu_seqlens" in signature(forward).parameters
 
