@@ -80,6 +80,8 @@ def expected(model, name, inputs, plan, row, new=(), drops=None, renumber=False)
     else:
         positions = torch.arange(len(short) + len(new))[None]
     given = {"inputs_embeds": torch.cat([short, more])[None], "position_ids": positions}
+    # Without one, transformers 4.57 takes Qwen3-VL's positions for those of packed sequences.
+    given["attention_mask"] = torch.ones(1, len(short) + len(new), dtype=torch.long)
     if seen.get("deepstack_visual_embeds"):
         visual = torch.cat([places[kept], torch.zeros(len(new), dtype=torch.bool)])[None]
         given |= {"visual_pos_masks": visual, "deepstack_visual_embeds": []}
