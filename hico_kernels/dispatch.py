@@ -59,6 +59,8 @@ _DTYPES = {
     ("uniform_indices", "cpu"): _ANY,
     ("uniform_indices", "triton"): _ANY,
 }
+# Kernels that read every tensor as float32, and keep the dtype of one that is not the first.
+_CUT = frozenset({("merge_similar", "triton")})
 _OVERLOADS = {
     (namespace, name): getattr(getattr(torch.ops, namespace), name).default
     for namespace in ops.NAMESPACES
@@ -119,6 +121,8 @@ def why_not(operation: str, impl: str, *tensors: Tensor, device: str | None = No
     if tensors and tensors[0].dtype not in _DTYPES[operation, impl]:
         allowed = ", ".join(sorted(str(d).removeprefix("torch.") for d in _DTYPES[operation, impl]))
         return f"dtype must be one of {allowed}, got {tensors[0].dtype}"
+    if (operation, impl) in _CUT and any(x.dtype == torch.float64 for x in tensors):
+        return "every tensor is read as float32, got one of float64"
     if tensors and impl == "flash":
         return flash_backends.serving(operation, *tensors)[1] or None
     return None

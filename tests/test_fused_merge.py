@@ -125,3 +125,22 @@ def test_the_gradients_of_a_step_are_those_in_turn(impl):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
     (grad,) = torch.autograd.grad(merge_similar(x, metric, 6, impl=impl).tokens.sum(), x)
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("impl", ["auto", *implementations("merge_similar")])
+def test_what_is_merged_beside_x_has_a_dtype_of_its_own(impl, dtype):
+    """As under autocast, where a residual stream is float32 and what is added to it is not."""
+    x, metric = normal(2, 15, 4), normal(2, 15, 5, seed=2)
+    other = normal(2, 15, 3, seed=1, dtype=dtype).requires_grad_()
+    if impl == "triton" and dtype == torch.float64:
+        with pytest.raises(ValueError, match="every tensor is read as float32, got one of float64"):
+            merge_similar(x, metric, 6, other=other, impl=impl)
+        return
+    step = merge_similar(x, metric, 6, other=other, impl=impl)
+    expected, _ = step.matching.merge(other, impl="reference")
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(step.other, expected, rtol=rounding, atol=rounding)
+    weights = normal(*expected.shape, seed=3, dtype=dtype)
+    pair = (torch.autograd.grad((y * weights).sum(), other)[0] for y in (step.other, expected))
+    torch.testing.assert_close(*pair, rtol=rounding, atol=rounding)

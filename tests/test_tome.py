@@ -224,6 +224,21 @@ def test_merging_errs_no_more_than_the_tower_in_its_own_precision(dtype):
     assert_within_budget(merged.pooler_output, exact.pooler_output, plain.pooler_output, "pooled")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["vit", "siglip", "dinov3"])
+@torch.no_grad()
+def test_under_autocast_a_tower_merges_as_many(name, dtype):
+    """The residual stream is float32 there, and what attention adds to it is not."""
+    tower, inputs = towers.tower(HF[name]).float(), towers.inputs(HF[name])
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+    tome.patch(tower, r=2)
+    expected = towers.last(tower(**inputs))
+    with torch.autocast("cpu", dtype):
+        actual = towers.last(tower(**inputs))
+    assert actual.shape == expected.shape
+    assert actual.isfinite().all()
+
+
 def test_padding_changes_nothing():
     kind = HF["siglip2"]
     tower, inputs = towers.tower(kind), towers.inputs(kind)

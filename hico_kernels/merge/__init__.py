@@ -209,11 +209,12 @@ def merge_similar(
     ViT block, one launch on a GPU for up to 1024 tokens with a metric of up to 128 numbers.
 
     x [N, T, C], metric [N, T, D], r, sizes [N, T] (None: all ones), class_token, distill_token: as
-    there -> a `MergedStep` of K = T - r tokens. other [N, T, E] is merged in the same way, such as
-    what attention adds to x. front: tokens before the class token, such as registers, that take no
-    part and stay in front. order: "spatial" leaves tokens in the order of the input, a merged one
-    at the place of its target; "matching" in that of `bipartite_soft_matching`. Matching is in
-    float32 (float64 for float64 x). Differentiable in x and other. impl: as in `merge_tokens`.
+    there -> a `MergedStep` of K = T - r tokens. other [N, T, E], of any floating dtype, is merged
+    in the same way, such as what attention adds to x. front: tokens before the class token, such as
+    registers, that take no part and stay in front. order: "spatial" leaves tokens in the order of
+    the input, a merged one at the place of its target; "matching" in that of
+    `bipartite_soft_matching`. Matching is in float32 (float64 for float64 x).
+    Differentiable in x and other. impl: as in `merge_tokens`.
     """
     checks.tensor("x", x, "[N, T, C]")
     for name, given in (("metric", metric), ("other", other)):

@@ -7,6 +7,7 @@ from hico_kernels.merge.places import arranged
 from hico_kernels.ops import register_cpu
 
 _AT_ONCE = 1 << 18  # numbers that fit in cache
+_NARROW = torch.float32, torch.bfloat16  # what kernels of merging take
 
 
 @register_cpu
@@ -41,17 +42,19 @@ def merge_similar_cpu(
     distill_token: bool,
     spatial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The kernels of matching and merging in turn."""
+    """The kernels of matching and merging in turn; plain torch for `other` of another dtype."""
     match, merge = (
         torch.ops.hico.bipartite_soft_matching.default,
         torch.ops.hico.merge_apply.default,
     )
     behind = metric[:, front:]
-    behind = behind if behind.dtype in (torch.float32, torch.bfloat16) else behind.float()
+    behind = behind if behind.dtype in _NARROW else behind.float()
     inner = match(behind, r, class_token, distill_token)
     assignment, places = arranged(inner, r, front, spatial)
     tokens, merged = merge(x, assignment, x.shape[1] - r, sizes)
     others = x.new_empty(0)
     if other is not None:
+        if other.dtype not in _NARROW:
+            merge = torch.ops.hico_reference.merge_apply.default
         others, _ = merge(other, assignment, x.shape[1] - r, sizes)
     return tokens, merged, assignment, places, others

@@ -142,6 +142,9 @@ def merge_similar(device: str, dtype: torch.dtype) -> Samples:
     )
     yield Sample("wide_metric", (x, d.normal(2, 17, 200), 5, sizes, None))
     yield Sample("metric_in_float32", (x, metric.float(), 5, sizes, None))
+    for kind in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        beside = d.normal(2, 17, 6, dtype=kind)
+        yield Sample(f"other_in_{str(kind)[6:]}", (x, metric, 5, sizes, beside))
     yield Sample("columns", (d.normal(1, 9, 600), d.normal(1, 9, 4), 3, None, d.normal(1, 9, 530)))
     large = d.normal(5, 200, 96), d.normal(5, 200, 32)
     yield Sample("large", (*large, 60, None, None), {"class_token": True})
