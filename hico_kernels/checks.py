@@ -17,6 +17,17 @@ def tensor(name: str, x: Tensor, layout: str, *, floating: bool = True) -> None:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
 
 
+def apart(*given: Tensor | None) -> list[Tensor | None]:
+    """No tensor twice: a view from the second time on. torch.compile refuses a tensor in two places
+    of an autograd.Function.
+    """
+    views: list[Tensor | None] = []
+    for x in given:
+        again = x is not None and any(x is y for y in views)
+        views.append(x.view_as(x) if again else x)
+    return views
+
+
 def integer(name: str, value: int) -> None:
     """Value must be a host int: a tensor would have to be waited for."""
     if isinstance(value, bool) or not isinstance(value, int | SymInt):

@@ -111,6 +111,42 @@ def layer_norm_metric(x, weight, bias):
     return hk.layer_norm_metric(x, weight, bias, 1e-6, 4)
 
 
+# One tensor in two places, which torch.compile refuses in a call of an autograd.Function.
+
+
+def itself_calls(gradient):
+    for _, x, _, r in matching_calls(gradient):
+        yield x, r
+
+
+def merge_with_itself(x, r):
+    step = hk.merge_similar(x, x, r, other=x)
+    return step.tokens, step.other, step.places
+
+
+def merge_weighted_by_places(metric, x, r):
+    matching = hk.bipartite_soft_matching(metric, r)
+    return matching.merge(x, matching.assignment)
+
+
+def weighted_by_places_calls(gradient):
+    for metric, x, _, r in matching_calls(gradient):
+        yield metric, x, r
+
+
+def gather_repeated(x, index, places, table, ends):
+    return hk.gather_tokens(x, index, table, x, places, table, places, cu_seqlens=ends)
+
+
+def one_weight_calls(gradient):
+    for x, weight, _ in metric_calls(gradient):
+        yield x, weight
+
+
+def norm_of_one_weight(x, weight):
+    return hk.layer_norm_metric(x, weight, weight, 1e-6, 4)
+
+
 def self_calls(gradient):
     for lengths in LENGTHS:
         x = normal(sum(lengths), 6, 16, gradient=gradient)
@@ -169,6 +205,10 @@ FUNCTIONS = {
     "gather_many": (gather_many, many_calls),
     "gather_rms_norm": (gather_rms_norm, norm_calls),
     "layer_norm_metric": (layer_norm_metric, metric_calls),
+    "merge_with_itself": (merge_with_itself, itself_calls),
+    "merge_weighted_by_places": (merge_weighted_by_places, weighted_by_places_calls),
+    "gather_repeated": (gather_repeated, many_calls),
+    "norm_of_one_weight": (norm_of_one_weight, one_weight_calls),
     "self_attention": (self_attention, self_calls),
     "biased_attention": (biased_attention, biased_calls),
     "cross_attention": (cross_attention, cross_calls),
@@ -178,7 +218,7 @@ FUNCTIONS = {
     "uniform_indices": (hk.uniform_indices, lambda _: ((10, 5), (20, 7), (30, 9))),
     "ragged_decode_attention": (hk.ragged_decode_attention, decode_calls),
 }
-DIFFERENTIABLE = tuple(FUNCTIONS)[:11]
+DIFFERENTIABLE = tuple(FUNCTIONS)[:15]
 
 
 def compiled(function):

@@ -61,10 +61,8 @@ def ragged_attention(
             raise ValueError("key_bias must not require a gradient: it is a constant of attention")
     scale = checks.scale_of(q, scale)
     rest = (max_seqlen_q, max_seqlen_k, causal, scale, key_bias)
-    # torch.compile refuses a tensor in two places of an autograd.Function
     ends = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
-    k = k.view_as(k) if k is q else k
-    v = v.view_as(v) if v is q or v is k else v
+    q, k, v = checks.apart(q, k, v)
     out, lse = RaggedAttention.apply(q, k, v, cu_seqlens_q, ends, rest, impl)
     return (out, lse) if return_lse else out
 

@@ -106,6 +106,7 @@ def layer_norm_metric(
         raise ValueError(
             f"num_heads must divide the {x.shape[2]} channels of x, got num_heads={num_heads}"
         )
+    weight, bias = checks.apart(weight, bias)
     return LayerNormMetric.apply(x, weight, bias, float(eps), num_heads, impl)
 
 
@@ -132,7 +133,8 @@ class Matching:
             raise ValueError(f"x must be {expected}, got {tuple(x.shape)}")
         checks.same("x", x, "the matching", self.assignment, dtype=False)
         weights = _weights(sizes, x)
-        tokens, merged = MergeApply.apply(x, self.assignment, self.num_tokens, weights, impl)
+        into, weights = checks.apart(self.assignment, weights)
+        tokens, merged = MergeApply.apply(x, into, self.num_tokens, weights, impl)
         return tokens, merged if sizes is None else merged.to(sizes.dtype)
 
     def unmerge(self, x: Tensor) -> Tensor:
@@ -237,6 +239,7 @@ def merge_similar(
     if order not in ("spatial", "matching"):
         raise ValueError(f"order must be 'spatial' or 'matching', got {order!r}")
     weights = _weights(sizes, x)
+    x, other = checks.apart(x, other)
     protected = front + int(class_token) + int(distill_token)
     r = min(r, max(x.shape[1] - protected, 0) // 2)
     rest = (front, class_token, distill_token, order == "spatial")

@@ -136,6 +136,7 @@ def gather_tokens(
         _check_companion(f"more[{i}]", t, x)
     if cu_seqlens is not None:
         checks.cu_seqlens("cu_seqlens", cu_seqlens, x.device)
+    x, index, cu_seqlens, *more = checks.apart(x, index, cu_seqlens, *more)
     return GatherMany.apply(x, index, cu_seqlens, impl, *more)
 
 
