@@ -7,7 +7,7 @@ from patch_runs import forward, grown, patched, second_turn
 from transformers import DynamicCache, StaticCache
 
 import hico_kernels
-from hico_kernels import DropPlan, PerFrame, TextTopK, Uniform
+from hico_kernels import DropPlan, PerFrame, PreLLM, TextTopK, Uniform
 from hico_kernels.flops import visible_pairs
 from hico_kernels.patch.families import reads_keys
 from hico_kernels.patch.masked import masked
@@ -281,6 +281,73 @@ def test_a_decode_loop_without_generate():
     with masked(tiny.decoder(model), handle.kept, length):
         want = forward(model, **grown(inputs, new), use_cache=False).logits[:, length - 1 :]
     assert (torch.stack(got, 1) - want).abs().max() < 1e-12
+
+
+def two_turns(plan, rows, visual, frames, lead=(0, 0), kinds="lfffl"):
+    """The last states of two turns, 8 tokens of text and 40 with visual ones behind `lead` tokens
+    of padding; of all the rows at once, or of one without its padding.
+    """
+    model = mixed(kinds)
+    decoder = tiny.decoder(model)
+    generator = torch.Generator().manual_seed(3)
+    first, second = (
+        torch.randn(2, n, 32, generator=generator, dtype=torch.float64)[rows] for n in (8, 40)
+    )
+    at = torch.arange(40)
+    lead, visual = torch.tensor(lead)[rows, None], torch.tensor(visual)[rows, None]
+    real, places = at >= lead, (at >= lead + 2) & (at < lead + 2 + visual)
+    if len(rows) == 1:
+        second, real, places = (x[:, lead[0] :] for x in (second, real, places))
+    mask = torch.cat([torch.ones(len(rows), 8, dtype=torch.bool), real], 1).long()
+    positions = (mask.cumsum(1) - 1)[:, 8:].expand(3, -1, -1)
+    with torch.no_grad(), hico_kernels.compress(model, plan) as handle:
+        cache = decoder(inputs_embeds=first, use_cache=True).past_key_values
+        handle.announce(places, [frames[row] for row in rows])
+        return decoder(
+            inputs_embeds=second,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+        ).last_hidden_state[:, -1]
+
+
+SHORTER = {
+    "first": (DropPlan({0: Uniform(0.1)}), (36, 4)),
+    "last": (DropPlan({4: Uniform(0.5)}), (20, 14)),
+    "merged": (PreLLM(1, per_frames=2), (36, 4)),
+    "merged-and-dropped": (DropPlan({3: Uniform(4)}, pre_llm=PreLLM(1, per_frames=2)), (20, 14)),
+    "padded-until-then": (DropPlan({1: Uniform(4)}), (20, 14), (0, 6)),
+    "padded-alike": (DropPlan({1: Uniform(4)}), (14, 14), (3, 3)),
+    "padded": (DropPlan({0: Uniform(0.5)}), (8, 8), (0, 6)),
+}
+
+
+@qwen3_5
+@pytest.mark.parametrize("case", SHORTER.values(), ids=SHORTER)
+def test_a_state_does_not_go_on_with_places_in_front(case):
+    """They would shift zeros into the convolution and let the state decay."""
+    plan, visual, *lead = case
+    with pytest.raises(ValueError, match="past_key_values: a state of linear attention cannot go"):
+        two_turns(plan, [0, 1], visual, (2, 2), *lead)
+    assert two_turns(plan, [1], visual, (2, 2), *lead).isfinite().all()
+
+
+EVEN = {
+    "first": (DropPlan({0: Uniform(4), 3: Uniform(1)}), (14, 14)),
+    "padded": (DropPlan({0: Uniform(4), 3: Uniform(1)}), (20, 14), (0, 6)),
+    "then": (DropPlan({1: Uniform(0.5), 3: Uniform(4)}), (20, 14), (0, 6), "fffll"),
+    "merged": (PreLLM(2, per_frames=2), (20, 14)),
+}
+
+
+@qwen3_5
+@pytest.mark.parametrize("case", EVEN.values(), ids=EVEN)
+def test_a_state_goes_on_with_equal_lengths(case):
+    plan, visual, *lead = case
+    both = two_turns(plan, [0, 1], visual, (5, 2), *lead)
+    for row in (0, 1):
+        alone = two_turns(plan, [row], visual, (5, 2), *lead)
+        assert (both[row] - alone[0]).abs().max() < 1e-12
 
 
 @qwen3_5

@@ -66,6 +66,22 @@ class Call:
         pairs = zip(self.counts, visual, strict=True)
         self.drops = any(min([n, *counts.values()]) < n for counts, n in pairs)
 
+    @property
+    def pads_states(self) -> bool:
+        """Whether a layer whose state runs over the tokens gets places without a token in front:
+        padding, until the first drop takes it away; from then on, those of the shorter sequences.
+        """
+        whole = self.prompt.num_visual
+        left = {0: whole if self.merged is None else self.merged[1]}
+        left.update((i, [counts[i] for counts in self.counts]) for i in self._rules)
+        starts = sorted(left)
+        for i, end in zip(starts, [*starts[1:], len(self._kinds)], strict=True):
+            rows = [n + own for n, own in zip(self.prompt.num_text, left[i], strict=True)]
+            width = self.length if left[i] == whole else max(rows)
+            if min(rows) < width and LINEAR in self._kinds[i:end]:
+                return True
+        return False
+
     def merge(self, rows: Tensor, left: list[int]) -> None:
         """In front of the first layer only those visual tokens stay that are in `rows` of the
         flattened [B * q], left[b] of each sequence; the plan counts from them.
@@ -144,8 +160,8 @@ class Call:
     ) -> tuple[tuple, dict[str, Any]] | None:
         """New arguments for a layer whose state runs over the tokens: what is dropped is not there.
 
-        Places without a token are zeroed by its 2D mask, as padding is; in front they leave the
-        state alone.
+        Places without a token are zeroed by its 2D mask, as padding is. In front they leave a state
+        of zeros alone, and no other: `pads_states`.
         """
         if self.rows is None:
             return None

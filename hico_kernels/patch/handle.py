@@ -292,6 +292,12 @@ class Handle:
     def _check_drops(self, call: Call, cache: Any) -> None:
         if call.drops:
             self._check_call(cache)
+            if call.pads_states and self._past(cache, call.length, None):
+                raise ValueError(
+                    "past_key_values: a state of linear attention cannot go on with padding in "
+                    "front, which a drop leaves where sequences keep different numbers of tokens; "
+                    "give one sequence at a time, without padding"
+                )
         if self.rows == "packed":
             self._pack(call, cache)
 
