@@ -65,6 +65,32 @@ def test_a_second_video_on_the_same_cache(plan, padding):
     assert tiny.difference(got, want) < 1e-12
 
 
+MULTI_AXIS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "qwen3_5", "qwen3_5_moe")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [(name, "padded") for name in MULTI_AXIS if name in tiny.MODELS] + [("qwen2_vl", "packed")],
+)
+def test_positions_of_another_length_are_refused(name, rows):
+    """A model that places the whole mask's tokens gives a later video the first one's positions;
+    unpatched, their number does not fit.
+    """
+    model, one, two = tiny.model(name), tiny.prompt(name, (0, 0)), tiny.prompt(name, (0, 0), seed=5)
+    length = one["input_ids"].shape[1]
+    whole = torch.ones(2, 2 * length, dtype=torch.long)
+    positions = torch.arange(2 * length).expand(3, 2, -1)
+    with hico_kernels.compress(model, DropPlan({0: Uniform(0.5)}), rows):
+        cache = forward(model, **one).past_key_values
+        again = {**two, "attention_mask": whole, "past_key_values": cache}
+        reason = f"position_ids must be of this call's {length} tokens, got {2 * length}"
+        with pytest.raises(ValueError, match=reason):
+            forward(model, **again, position_ids=positions)
+        cache = forward(model, **one).past_key_values
+        again["past_key_values"] = cache
+        forward(model, **again, position_ids=positions[..., length:])
+
+
 def test_another_plan_on_the_same_cache():
     """Layers that shared their columns go on apart."""
     model = tiny.model("llava_onevision")

@@ -408,7 +408,11 @@ class Call:
         return self.decoder.rotary_emb(hidden, places[:, -hidden.shape[1] :])
 
     def _taken(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        take = self.rows.table
+        take, given = self.rows.table, tables[0].shape[-2]
+        if given != self.length:
+            raise ValueError(
+                f"position_ids must be of this call's {self.length} tokens, got {given}"
+            )
         return self._remember("tables", (tables[0],), lambda: (take(tables[0]), take(tables[1])))
 
     def _remember(self, name: str, given: tuple, make: Callable[[], Any]) -> Any:
