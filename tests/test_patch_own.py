@@ -114,6 +114,8 @@ def test_the_report_counts_what_the_layers_saw(model):
 def test_what_does_not_fit_is_refused(model):
     with pytest.raises(ValueError, match="layer 4 is out of range"):
         hico_kernels.patch(model, DropPlan({4: Uniform(0.5)}))
+    with pytest.raises(ValueError, match="rows must be 'padded' or 'packed', got 'nonsense'"):
+        hico_kernels.patch(model, PLAN, rows="nonsense")
     with pytest.raises(TypeError, match="plan must be a DropPlan, got dict"):
         hico_kernels.patch(model, {})
     with pytest.raises(ValueError, match=r"keep must be a ratio or a count .*, got PerFrame"):

@@ -51,6 +51,8 @@ def patch(model: nn.Module, plan: DropPlan | PreLLM, rows: Layout = "padded") ->
     `ValueError` for a plan that does not fit. Nothing but this instance is touched, no copy of its
     weights is made. `PreLLM` alone is a plan that merges and drops nothing.
     """
+    if rows not in get_args(Layout):
+        raise ValueError(f"rows must be 'padded' or 'packed', got {rows!r}")
     if has_own_plan(model) and not isinstance(plan, PreLLM):
         return model.hico_patch(plan)  # its sequences are always packed
     return Handle(model, take_apart(model), plan, rows)
@@ -81,8 +83,6 @@ class Handle:
                 "remove() the other patch, or set_plan() on its handle"
             )
         self.model, self.parts, self.rows = model, parts, rows
-        if rows not in get_args(Layout):
-            raise ValueError(f"rows must be 'padded' or 'packed', got {rows!r}")
         self._check(plan)
         self._check_rows()
         # Gemma 4's decoder may give the states of the last tokens only.
