@@ -35,15 +35,16 @@ class Patched:
     """
 
     def __init__(self, model: "VideoChatFlash", plan: DropPlan) -> None:
-        if "prefill" in model.llm.__dict__:
+        if "_patch" in model.__dict__:
             raise UnsupportedModel(
                 f"model: this {type(model).__name__} is patched already; "
                 "remove() the other patch, or set_plan() on its handle"
             )
         self.model, self._saved, self._last = model, model.config, None
-        self.set_plan(plan)
+        self._set(plan)
         self._stock = model.llm.prefill
         model.llm.prefill = self._prefill
+        model._patch = self
 
     @property
     def plan(self) -> DropPlan:
@@ -51,7 +52,19 @@ class Patched:
         return self.model.config.plan
 
     def set_plan(self, plan: DropPlan) -> None:
-        """Drop by another plan from the next call on."""
+        """Drop by another plan from the next call on.
+
+        Raises `RuntimeError` when the patch is removed.
+        """
+        if not self._on:
+            raise RuntimeError("set_plan: this patch is removed; patch() the model again")
+        self._set(plan)
+
+    @property
+    def _on(self) -> bool:
+        return self.model.__dict__.get("_patch") is self
+
+    def _set(self, plan: DropPlan) -> None:
         if not isinstance(plan, DropPlan):
             raise TypeError(f"plan must be a DropPlan, got {type(plan).__name__}")
         if plan.per_frame:
@@ -63,8 +76,8 @@ class Patched:
 
     def remove(self) -> None:
         """Give the model its own plan back."""
-        if self.model.llm.__dict__.get("prefill") == self._prefill:
-            del self.model.llm.prefill
+        if self._on:
+            del self.model._patch, self.model.llm.prefill
             self.model.config = self._saved
 
     @property

@@ -165,6 +165,15 @@ def test_set_plan_takes_effect_with_the_next_call(model, inputs):
         assert torch.equal(logits(model, inputs), want)
 
 
+def test_a_removed_patch_takes_no_plan():
+    model = tiny.fresh("llava_onevision")
+    handle = hico_kernels.patch(model, PLAN)
+    handle.remove()
+    with pytest.raises(RuntimeError, match="set_plan: this patch is removed"):
+        handle.set_plan(DropPlan({}))
+    assert not hasattr(model.config, "hico")
+
+
 def test_the_report_counts_tokens_and_bytes(model, inputs):
     with hico_kernels.compress(model, PLAN) as handle:
         assert str(handle.report()) == "no prompt with visual tokens yet"

@@ -53,6 +53,14 @@ def test_a_patch_sets_the_plan_and_removing_it_gives_the_models_own_back(model):
     assert model.config is config
 
 
+def test_a_removed_patch_takes_no_plan(model):
+    handle = hico_kernels.patch(model, PLAN)
+    handle.remove()
+    with pytest.raises(RuntimeError, match="set_plan: this patch is removed"):
+        handle.set_plan(DropPlan({2: TextTopK(3)}))
+    assert model.config == TINY
+
+
 def test_answers_drop_by_the_plan_of_the_patch(model):
     pytest.importorskip("av")
     from hico_model import answer

@@ -105,7 +105,12 @@ class Handle:
         self._set(plan)
 
     def set_plan(self, plan: DropPlan | PreLLM) -> None:
-        """Drop by another plan from the next call on. Caches filled so far stay usable."""
+        """Drop by another plan from the next call on. Caches filled so far stay usable.
+
+        Raises `RuntimeError` when the patch is removed.
+        """
+        if not self._hooks:
+            raise RuntimeError("set_plan: this patch is removed; patch() the model again")
         self._check(plan)
         self._set(plan)
 
