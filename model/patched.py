@@ -42,7 +42,7 @@ class Patched:
             )
         self.model, self._saved, self._last = model, model.config, None
         self._set(plan)
-        self._stock = model.llm.prefill
+        self._stock, self._wrapped = model.llm.prefill, model.llm.__dict__.get("prefill")
         model.llm.prefill = self._prefill
         model._patch = self
 
@@ -75,10 +75,16 @@ class Patched:
         self.model.config = replace(self.model.config, plan=plan)
 
     def remove(self) -> None:
-        """Give the model its own plan back."""
-        if self._on:
-            del self.model._patch, self.model.llm.prefill
-            self.model.config = self._saved
+        """Give the model its own plan back, and nothing else of its config."""
+        if not self._on:
+            return
+        del self.model._patch
+        if self.model.llm.__dict__.get("prefill") == self._prefill:  # else wrapped since
+            del self.model.llm.prefill
+            if self._wrapped is not None:
+                self.model.llm.prefill = self._wrapped
+        own = replace(self.model.config, plan=self._saved.plan)
+        self.model.config = self._saved if own == self._saved else own
 
     @property
     def kept(self) -> dict[int, list[Tensor]]:
@@ -130,6 +136,8 @@ class Patched:
 
     def _prefill(self, prompts: Sequence[Prompt], plan: DropPlan, **options: object) -> Prefill:
         result = self._stock(prompts, plan, **options)
+        if not self._on:  # under a wrapper that stayed
+            return result
         visual = tuple(0 if p.visual is None else len(p.visual) for p in prompts)
         if any(visual):
             starts = tuple(len(p.before) for p in prompts)

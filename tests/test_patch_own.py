@@ -61,6 +61,35 @@ def test_a_removed_patch_takes_no_plan(model):
     assert model.config == TINY
 
 
+def test_removing_a_patch_leaves_other_changes_of_the_config(model):
+    with hico_kernels.compress(model, PLAN):
+        model.config = replace(model.config, max_frames=7)
+    assert model.config == replace(TINY, max_frames=7)
+
+
+def test_a_patch_is_removed_from_under_a_wrapper(model):
+    config, calls = model.config, []
+    handle = hico_kernels.patch(model, PLAN)
+    patched = model.llm.prefill
+
+    def wrapper(*args, **more):
+        calls.append(args)
+        return patched(*args, **more)
+
+    model.llm.prefill = wrapper
+    handle.remove()
+    assert model.config is config
+    say(model, PLAN)
+    assert len(calls) == 1
+    assert handle.kept == {}  # counted no more
+    with hico_kernels.compress(model, PLAN) as again:
+        say(model, PLAN)
+        assert len(calls) == 2
+        assert list(again.kept) == [1, 3]
+    assert model.config is config
+    assert model.llm.prefill is wrapper
+
+
 def test_answers_drop_by_the_plan_of_the_patch(model):
     pytest.importorskip("av")
     from hico_model import answer
