@@ -53,6 +53,35 @@ def test_each_tensor_gets_the_rows_that_it_would_get_alone(impl):
     assert_same_bits(tables, table[index], "tables")
 
 
+REAL = (
+    *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+    *(torch.float8_e8m0fnu, torch.float4_e2m1fn_x2),
+)
+
+
+@pytest.mark.parametrize("shape", [(9,), (9, 5), (9, 3, 4)], ids=str)
+@pytest.mark.parametrize("dtype", REAL, ids=str)
+@pytest.mark.parametrize("impl", implementations("gather_many"))
+def test_what_belongs_to_the_rows_may_be_of_any_real_dtype(impl, dtype, shape):
+    generator = torch.Generator().manual_seed(0)
+    high = 2 if dtype == torch.bool else 256  # every bit pattern, NaN too
+    parts = (*shape, dtype.itemsize)
+    patterns = torch.randint(0, high, parts, generator=generator, dtype=torch.uint8).to(DEVICE)
+    given, index = patterns.view(dtype).squeeze(-1), torch.tensor([8, 0, 0, 3], device=DEVICE)
+    stepped = patterns.repeat_interleave(2, 0).view(dtype).squeeze(-1)[::2]
+    _, rows, others = gather_tokens(normal(9, 2), index, given, stepped, impl=impl)
+    expected = patterns[index].view(dtype).squeeze(-1)
+    assert_same_bits(rows, expected, "rows")
+    assert_same_bits(others, expected, "rows of a view")
+    if len(shape) == 2:
+        turned = patterns.transpose(0, 1).contiguous().view(dtype).squeeze(-1).transpose(0, 1)
+        for x in (given, turned):
+            assert_same_bits(gather_tokens(x, index), expected, "rows alone")
+
+
 @pytest.mark.parametrize("impl", implementations("gather_many"))
 def test_the_bounds_count_what_each_sequence_keeps(impl):
     x, ends = normal(12, 2), cu_seqlens((4, 0, 5, 3), DEVICE)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hico_kernels import checks
 from hico_kernels.ops import register_reference
+from hico_kernels.select.bits import copyable
 
 
 @register_reference
@@ -82,7 +83,7 @@ def uniform_indices_reference(num_tokens: int, keep: int, device: torch.device) 
 @register_reference
 def gather_tokens_reference(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x by index."""
-    return x.index_select(0, index)
+    return copyable(x).index_select(0, index).view(x.dtype)
 
 
 @register_reference
@@ -90,7 +91,7 @@ def gather_many_reference(
     x: Tensor, index: Tensor, more: list[Tensor], cu_seqlens: Tensor | None
 ) -> list[Tensor]:
     """The same rows of several tensors. Of ascending rows also how many lie before each bound."""
-    out = [t.index_select(0, index) for t in (x, *more)]
+    out = [gather_tokens_reference(t, index) for t in (x, *more)]
     if cu_seqlens is not None:
         checks.segments("cu_seqlens", cu_seqlens, x.shape[0])
         if bool((index.diff() < 0).any()):

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hico_kernels.select.bits import copyable
+
 _TILE = 4096  # elements of a program: four loads of 16 bytes in flight for each of 128 threads
 
 
@@ -109,7 +111,11 @@ def gather_many(
     """x and more [S, ...], index [M] int64 -> [M, ...] each; cu_seqlens [B+1] -> int32 [B+1]."""
     picked, given = index.shape[0], [x, *more]
     out = [t.new_empty(picked, *t.shape[1:]) for t in given]
-    pairs = [(t.unsqueeze(1).flatten(1), y) for t, y in zip(given, out, strict=True) if y.numel()]
+    pairs = [
+        (copyable(t).unsqueeze(1).flatten(1), copyable(y))
+        for t, y in zip(given, out, strict=True)
+        if y.numel()
+    ]
     tiles = [_narrow_tile(t.shape[1]) if t.shape[1] < 16 else _tile(t.shape[1]) for t, _ in pairs]
     programs = sum(
         triton.cdiv(picked, down) * triton.cdiv(t.shape[1], across)
