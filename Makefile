@@ -21,7 +21,7 @@ test: $(READY) $(VENV)/timm $(VENV)/triton-3.6  ## every test, then every benchm
 	$(SAY) "running the tests of timm's towers"
 	@PYTHONPATH=$(VENV)/timm $(BIN)/python -m pytest -q tests/test_tome_timm.py tests/test_tome_docs.py
 	$(SAY) "running every benchmark once, without timing"
-	@$(BIN)/python -m pytest -q bench --benchmark-disable
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 bench --benchmark-disable
 
 lint: $(READY)  ## style of Python, C++ and CUDA
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

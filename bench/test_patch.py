@@ -32,7 +32,7 @@ SIZES = {  # Qwen2.5-VL-3B and LLaVA-OneVision-7B
     "llava_onevision": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
     | {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
 }
-FRAMES = (64, 256, 1000, 10_000) if CUDA else (64,)
+FRAMES = (64, 256, 1000, 10_000) if CUDA else (64, 256)
 # Sequences of a batch, in parts of the frames: 1, and 8 of different lengths.
 BATCHES = {"one": (1.0,), "ragged8": (1.0, 0.9, 0.75, 0.6, 0.5, 0.4, 0.25, 0.1)}
 UNEVEN = FRAMES[:2] if CUDA else (16,)

@@ -7,6 +7,7 @@ knows an architecture and nothing else, and compiles each launch instead of maki
 sizes, warps and specialisation are those that a GPU would get. Not for use under TRITON_INTERPRET.
 """
 
+import argparse
 import ast
 import importlib
 import json
@@ -14,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import torch
@@ -108,7 +109,7 @@ def _row(kernel: JITFunction, compiled, capability: int, operation: str, dtype) 
     }
 
 
-def compile_all(capabilities: Iterable[int] = tuple(DTYPES)) -> list[dict]:
+def compile_all(capabilities: Iterable[int], dtypes: Container[torch.dtype]) -> list[dict]:
     """A row for each kernel, architecture, dtype and set of block sizes."""
     rows, seen, now = [], set(), None
     run = JITFunction.run
@@ -127,7 +128,7 @@ def compile_all(capabilities: Iterable[int] = tuple(DTYPES)) -> list[dict]:
         for operation in ops.SCHEMAS:
             if not dispatch.has_implementation(operation, "triton"):
                 continue
-            for dtype in DTYPES[capability]:
+            for dtype in filter(dtypes.__contains__, DTYPES[capability]):
                 for sample in cases(operation, dtype):
                     now = (capability, operation, dtype)
                     implementation(operation)(*SPECS[operation].arguments(sample))
@@ -135,9 +136,14 @@ def compile_all(capabilities: Iterable[int] = tuple(DTYPES)) -> list[dict]:
     return rows
 
 
-def main(capabilities: list[str]) -> int:
+def main() -> int:
     """Print what was compiled, and the kernels that nothing launched."""
-    rows = compile_all(map(int, capabilities) if capabilities else DTYPES)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("capabilities", nargs="*", type=int, help="80, 90, 100; default: all")
+    parser.add_argument("--bfloat16", action="store_true", help="in this dtype alone")
+    asked = parser.parse_args()
+    dtypes = (torch.bfloat16,) if asked.bfloat16 else (torch.bfloat16, torch.float32)
+    rows = compile_all(asked.capabilities or DTYPES, dtypes)
     launched = {row["kernel"] for row in rows}
     missing = [f"{f.__module__}.{f.__name__}" for f in kernels()]
     found = {"triton": triton.__version__, "rows": rows}
@@ -146,4 +152,4 @@ def main(capabilities: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
