@@ -145,9 +145,9 @@ def test_prompts_in_chunks_are_refused(name):
     with hico_kernels.compress(model, FROM_1) as handle:
         with pytest.raises(ValueError, match=r"prefill_chunk_size must be None .* got 8"):
             tiny.generate(model, inputs, prefill_chunk_size=8)
-        tiny.generate(model, text, prefill_chunk_size=2)
-        handle.set_plan(DropPlan({}))
-        if tiny.VERSION >= (5, 23):
+        if tiny.VERSION >= (5, 23):  # before, stock fails at chunks of text too
+            tiny.generate(model, text, prefill_chunk_size=2)
+            handle.set_plan(DropPlan({}))
             got = tiny.generate(model, inputs, prefill_chunk_size=8)
     if tiny.VERSION >= (5, 23):
         assert tiny.difference(got, tiny.generate(model, inputs, prefill_chunk_size=8)) == 0
