@@ -31,9 +31,10 @@ CASES = [
     for spec in SPECS.values()
     for device in DEVICES
     for dtype in spec.dtypes
-    for sample in spec.samples(device, dtype)
+    for place, sample in enumerate(spec.samples(device, dtype))
     for impl in spec.implementations(sample)
     if not (interpreted(impl, device) and dtype != torch.float32 and sample.id in SECONDS)
+    if not (interpreted(impl, device) and dtype == torch.bfloat16 and place > 1)  # as float16
 ]
 ROWS = [
     pytest.param(spec, impl, device, id=f"{spec.name}-{impl}-{device}")
