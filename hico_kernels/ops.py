@@ -49,16 +49,8 @@ def register_reference(reference: Callable) -> Callable:
     _register_later(f"{TRITON}::{name}", f"{folder}.triton")
     _register_later(f"{FLASH}::{name}", f"{folder}.flash")
 
-    @functools.wraps(reference)
-    def in_given_precision(*arguments):
-        tensors = (x for x in arguments if isinstance(x, Tensor))
-        device = next((x.device.type for x in tensors), "cpu")
-        if not torch.is_autocast_enabled(device):
-            return reference(*arguments)
-        with torch.autocast(device, enabled=False):  # the precision is part of the definition
-            return reference(*arguments)
-
-    torch.library.impl(f"{REFERENCE}::{name}", "CompositeExplicitAutograd")(in_given_precision)
+    run = _in_given_precision(reference)
+    torch.library.impl(f"{REFERENCE}::{name}", "CompositeExplicitAutograd")(run)
     return reference
 
 
@@ -68,15 +60,23 @@ def register_cpu(composition: Callable) -> Callable:
     """
     name = composition.__name__.removesuffix("_cpu")
 
-    @functools.wraps(composition)
-    def in_given_precision(*arguments):
-        if not torch.is_autocast_enabled("cpu"):
-            return composition(*arguments)
-        with torch.autocast("cpu", enabled=False):
-            return composition(*arguments)
-
-    torch.library.impl(f"{KERNELS}::{name}", "CPU")(in_given_precision)
+    torch.library.impl(f"{KERNELS}::{name}", "CPU")(_in_given_precision(composition))
     return composition
+
+
+def _in_given_precision(function: Callable) -> Callable:
+    """Without autocast: the precision is part of the definition."""
+
+    @functools.wraps(function)
+    def run(*arguments):
+        tensors = (x for x in arguments if isinstance(x, Tensor))
+        device = next((x.device.type for x in tensors), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return function(*arguments)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
+
+    return run
 
 
 def _register_later(name: str, module: str) -> None:

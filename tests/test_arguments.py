@@ -65,13 +65,13 @@ MERGE = {
         lambda: merge(metric=X, num_heads=2)
     ),
     "ValueError: metric must be [N, T, D], got shape (9, 8)": lambda: match(X[0]),
-    "ValueError: metric must be of 2 x 9 tokens like x, got (2, 8, 8)": (
-        lambda: hk.merge_similar(X, X[:, 1:], 1)
+    "ValueError: metric must be [N, T, D] with N, T = (2, 9), got (2, 7, 8)": (
+        lambda: hk.merge_similar(X, X[:, 2:], 1)
     ),
     "TypeError: metric must be a tensor [N, T, D], got NoneType": (
         lambda: hk.merge_similar(X, None, 1)
     ),
-    "ValueError: other must be of 2 x 9 tokens like x, got (1, 9, 8)": (
+    "ValueError: other must be [N, T, E] with N, T = (2, 9), got (1, 9, 8)": (
         lambda: hk.merge_similar(X, X, 1, other=X[:1])
     ),
     "ValueError: front must be in [0, 9], the tokens of x, got 10": (

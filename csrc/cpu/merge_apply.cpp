@@ -1,8 +1,9 @@
 // merge_apply: y[n, k] = mean of x[n, t] over assignment[n, t] == k, weighted by sizes when given,
-// and its gradient. reference: hico_kernels/merge/reference.py A counting sort lists the members of
-// every position in token order, so that a sum has one order whatever the number of threads; each
-// position adds its rows in registers, in float32, and rounds once. Threads take positions. Bound
-// by memory: reads x once, writes y once.
+// and its gradient. reference: hico_kernels/merge/reference.py
+// A counting sort lists the members of every position in token order, so that a sum has one order
+// whatever the number of threads; the first member's thread adds the rows of its position in
+// registers, in float32, and rounds once, or copies the row where it is alone. Threads take tokens.
+// Bound by memory: reads x once, writes y once.
 #include "cpu/merge_apply.h"
 
 #include <algorithm>

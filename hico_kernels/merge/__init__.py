@@ -60,15 +60,30 @@ def merge_tokens(
             f"num_tokens must be in [1, {x.shape[1]}], the tokens of x, got {num_tokens}"
         )
     if metric is not None:
-        checks.tensor("metric", metric, "[N, T, D]")
-        checks.same("metric", metric, "x", x, dtype=False)
-        if metric.shape[:2] != x.shape[:2]:
-            expected = f"[N, T, D] with N, T = {tuple(x.shape[:2])}"
-            raise ValueError(f"metric must be {expected}, got {tuple(metric.shape)}")
+        _check_beside("metric", metric, "[N, T, D]", x)
         if num_heads != 1:
             raise ValueError(f"num_heads has no use beside metric, got num_heads={num_heads}")
         metric = metric.detach()
     return MergedTokens(*MergeTokens.apply(x, num_tokens, num_heads, metric, impl))
+
+
+def _check_beside(name: str, given: Tensor, shape: str, x: Tensor) -> None:
+    """Something for each of the tokens x [N, T, C], in any floating dtype."""
+    checks.tensor(name, given, shape)
+    checks.same(name, given, "x", x, dtype=False)
+    if given.shape[:2] != x.shape[:2]:
+        expected = f"{shape} with N, T = {tuple(x.shape[:2])}"
+        raise ValueError(f"{name} must be {expected}, got {tuple(given.shape)}")
+
+
+def _check_step(r: int, class_token: bool, distill_token: bool) -> None:
+    checks.integer("r", r)
+    checks.boolean("class_token", class_token)
+    checks.boolean("distill_token", distill_token)
+    if distill_token and not class_token:
+        raise ValueError("distill_token needs class_token: it is the token after the class token")
+    if r < 0:
+        raise ValueError(f"r must be at least 0, got {r}")
 
 
 def _weights(sizes: Tensor | None, x: Tensor) -> Tensor | None:
@@ -169,13 +184,7 @@ def bipartite_soft_matching(
     as in `merge_tokens`.
     """
     checks.tensor("metric", metric, "[N, T, D]")
-    checks.integer("r", r)
-    checks.boolean("class_token", class_token)
-    checks.boolean("distill_token", distill_token)
-    if distill_token and not class_token:
-        raise ValueError("distill_token needs class_token: it is the token after the class token")
-    if r < 0:
-        raise ValueError(f"r must be at least 0, got {r}")
+    _check_step(r, class_token, distill_token)
     t = metric.shape[1]
     protected = int(class_token) + int(distill_token)  # torch 2.11 traces no difference with a bool
     r = min(r, max(t - protected, 0) // 2)
@@ -219,21 +228,11 @@ def merge_similar(
     Differentiable in x and other. impl: as in `merge_tokens`.
     """
     checks.tensor("x", x, "[N, T, C]")
-    for name, given in (("metric", metric), ("other", other)):
-        if name == "metric" or given is not None:
-            checks.tensor(name, given, "[N, T, D]" if name == "metric" else "[N, T, E]")
-            checks.same(name, given, "x", x, dtype=False)
-            if given.shape[:2] != x.shape[:2]:
-                expected = f"of {' x '.join(map(str, x.shape[:2]))} tokens like x"
-                raise ValueError(f"{name} must be {expected}, got {tuple(given.shape)}")
-    checks.integer("r", r)
+    _check_beside("metric", metric, "[N, T, D]", x)
+    if other is not None:
+        _check_beside("other", other, "[N, T, E]", x)
+    _check_step(r, class_token, distill_token)
     checks.integer("front", front)
-    checks.boolean("class_token", class_token)
-    checks.boolean("distill_token", distill_token)
-    if distill_token and not class_token:
-        raise ValueError("distill_token needs class_token: it is the token after the class token")
-    if r < 0:
-        raise ValueError(f"r must be at least 0, got {r}")
     if not 0 <= front <= x.shape[1]:
         raise ValueError(f"front must be in [0, {x.shape[1]}], the tokens of x, got {front}")
     if order not in ("spatial", "matching"):
