@@ -417,6 +417,17 @@ def test_every_implementation_has_the_gradient_of_the_definition(impl):
     torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", implementations("merge_tokens"))
+def test_a_metric_is_compared_in_the_precision_of_the_tokens(impl):
+    """Token 0 is like token 3, and like token 1 as well where 5e-11 cannot be seen."""
+    metric = torch.tensor([[[1, 0], [1, 1e-5], [0, 1], [1, 0]]], dtype=torch.float64)
+    x = normal(1, 4, 3)
+    narrow = merge_tokens(x.float(), 3, metric=metric, impl=impl).assignment[0]
+    wide = merge_tokens(x, 3, metric=metric, impl="reference").assignment[0]
+    assert narrow[0] == narrow[1]
+    assert wide[0] == wide[3]
+
+
 def test_sizes_and_assignment_carry_no_gradient():
     merged = merge_tokens(normal(1, 6, 4).requires_grad_(), 3)
     assert [y.requires_grad for y in merged] == [True, False, False]

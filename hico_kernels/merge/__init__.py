@@ -42,8 +42,8 @@ def merge_tokens(
     instance from the layer before. It must be linear in the tokens, as the mean over groups is: the
     metric of merged tokens is taken to be the mean of their metrics. It gets no gradient.
 
-    The smaller index wins a tie, a NaN similarity never wins, a zero token has similarity 0. Sums
-    are in float32 (float64 for float64), rounded once.
+    The smaller index wins a tie, a NaN similarity never wins, a zero token has similarity 0.
+    Similarities and sums are in float32 (float64 for float64 x), sums rounded once.
 
     impl: "auto" takes the best kernel that can run here, else the reference; "reference", "cpu",
     "triton" and "cuda" take exactly that one or raise ValueError with the reason.

@@ -193,7 +193,8 @@ def merge_tokens_reference(
         copy = x.clone(memory_format=torch.contiguous_format)
         return copy, torch.ones_like(assignment), assignment
     assignment = torch.arange(t, device=x.device).repeat(n, 1)
-    sums, left = _head_mean(x, num_heads) if metric is None else _wide(metric), t
+    own = _head_mean(x, num_heads) if metric is None else metric
+    sums, left = own.to(_wide(x[:0]).dtype), t
     for r in merge_rounds(t, num_tokens):  # lengths differ only by a factor, which matching ignores
         position = _match(sums, r)
         left -= r
