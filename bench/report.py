@@ -28,6 +28,7 @@ class Run(NamedTuple):
     percent: float | None  # of the floor, where there is one
     rival: str | None  # the best alternative
     ratio: float | None  # how many times as fast as that we are
+    overhead: list[float] | None = None  # percent over the same model as it is, in pairs of runs
 
 
 class Problem(NamedTuple):
@@ -55,7 +56,8 @@ def problems(ops: dict[str, Any]) -> list[Problem]:
         rival, ratio = min(
             line["times_as_fast"].items(), key=lambda pair: pair[1], default=(None, None)
         )
-        run = Run(name.threads, line["median_s"], line.get("percent_of_floor"), rival, ratio)
+        percents = line.get("percent_of_floor"), line.get("overhead_percent")
+        run = Run(name.threads, line["median_s"], percents[0], rival, ratio, percents[1])
         key = name.op, name.shape, name.dtype
         whole = "stock" in line["times_as_fast"]
         found.setdefault(key, Problem(*key, whole, [])).runs.append(run)
@@ -120,6 +122,9 @@ def table(found: list[Problem]) -> list[str]:
 
 def beside(run: Run) -> str:
     """How a run stands beside its best alternative."""
+    if run.overhead is not None:
+        middle, low, high = run.overhead
+        return f"{middle:+.1f} % over stock, in pairs ({low:+.1f} to {high:+.1f})"
     if run.ratio is None:
         return ""
     if run.ratio < 1:

@@ -140,6 +140,8 @@ def compact(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
         entry |= {"min_s": _digits(stats["min"]), "median_s": _digits(stats["median"])}
         if percent := line["extra_info"]["percent_of_floor"]:
             entry["percent_of_floor"] = round(percent, 1)
+        if overhead := line["extra_info"].get("overhead_percent"):
+            entry["overhead_percent"] = overhead  # median, and its 99 % confidence interval
         kinds["ops"].append(entry)
     _add_ratios(kinds["ops"])
     return {kind: {**head, "results": lines} for kind, lines in kinds.items() if lines}

@@ -79,6 +79,16 @@ def test_where_an_alternative_wins_the_table_says_so(kept):
     assert report.verdict(found[1:]) == ("Faster than the best alternative in 2 of 2 comparisons.")
 
 
+def test_what_hooks_cost_stands_with_its_interval(tmp_path):
+    line = {"name": "keep_all-small-f32-patched-t1", "stats": {"min": 0.1, "median": 0.1}}
+    line["extra_info"] = {"percent_of_floor": 0.0, "overhead_percent": [0.31, -0.24, 1.0]}
+    machine = {"device": "A CPU", "type": "cpu", "torch": "2.13.0", "limits": {}}
+    results.write({"machine_info": machine, "benchmarks": [line]}, tmp_path)
+    (ops,) = results.load("ops", tmp_path)
+    _, _, row = report.table(report.problems(ops))
+    assert row.endswith(" | +0.3 % over stock, in pairs (-0.2 to +1.0) |")
+
+
 def test_the_way_to_the_first_token_is_shown_by_stage():
     entries = [
         {"name": "first_token-64frames-bf16-longva", "frames": 64, "encode_s": 0.0,
