@@ -132,6 +132,9 @@ def test_every_test_of_an_operation_is_in_one_process():
         on_cpu = f"{operation}-mixed-triton-cpu-f32"
         assert not any(e.evaluate(lambda part, name=on_cpu: part in name) for e in wanted)
     assert set(gpu.SLOW_TO_COMPILE) <= set(ops.SCHEMAS)
+    files = {part for command in commands for part in command if part.startswith("tests/")}
+    on_device = {f"tests/{file.name}" for file in (gpu.ROOT / "tests").glob("test_gpu*.py")}
+    assert on_device - {"tests/test_gpu_runner.py"} <= files
 
 
 def test_the_page_shows_limits_and_operations():

@@ -71,6 +71,7 @@ def parts(out: Path) -> dict[str, Part]:
     drawn = ("test_triton.py", "test_triton_merge.py", "test_triton_select.py")
     others = (*drawn, "test_triton_attention.py")
     others = tuple(f"tests/{file}" for file in others if (ROOT / "tests" / file).exists())
+    models = (*pytest, "tests/test_gpu_models.py")
     plain = () if _here("pytest_benchmark") else ("-p", "hico_kernels.testing.plain_benchmark")
     bench = {"merge": 90, "select": 35, "attention": 40, "table": 60, "patch": ALONE, "tome": ALONE}
     return {
@@ -88,6 +89,7 @@ def parts(out: Path) -> dict[str, Part]:
             (
                 *((*pytest, *contracts, "-k", x) for name in ops.SCHEMAS for x in selections(name)),
                 (*pytest, *others),
+                *([models] if _here("transformers") else []),
             ),
             ("pytest", "triton"),
         ),
