@@ -122,3 +122,32 @@ def test_presets_run():
         with hico_kernels.compress(model, plan) as handle:
             got = tiny.generate(model, inputs)
         assert tiny.difference(got, tiny.reference(model, handle, inputs)) < 1e-12
+
+
+@pytest.mark.skipif("qwen3_5" not in tiny.MODELS, reason="no Qwen3.5 in this transformers")
+def test_presets_move_to_the_nearest_layer_that_attends():
+    model, inputs = tiny.fresh("qwen3_5", kinds="lllf" * 3), tiny.prompt("qwen3_5", (0, 3))
+    assert list(presets.pyramid(model, (0.5, 0.25)).drops) == [3, 7]  # 4 and 8
+    assert list(presets.pyramid(model).drops) == [3, 7, 11]  # 3, 6 and 9
+    assert presets.fastv(model=model) == DropPlan({3: TextTopK(0.5)})
+    assert presets.fastv(5, 0.25, model=model) == DropPlan({3: TextTopK(0.25)})  # 7 is as near
+    flash = presets.videochat_flash("keep", model=model)
+    assert flash == DropPlan({4: Uniform(0.75), 11: TextTopK(0.25)})
+    match = "at most 3 ratios for this model, whose text can choose in layers 3, 7, 11, got 4"
+    with pytest.raises(ValueError, match=match):
+        presets.pyramid(model, (0.8, 0.6, 0.4, 0.2))
+    for plan in (presets.pyramid(model), presets.fastv(model=model), flash):
+        with hico_kernels.compress(model, plan) as handle:
+            got = tiny.generate(model, inputs)
+        assert tiny.difference(got, tiny.reference(model, handle, inputs)) < 1e-12
+
+
+@pytest.mark.skipif("gemma4" not in tiny.MODELS, reason="no Gemma 4 in this transformers")
+def test_presets_stay_in_front_of_keys_that_are_shared():
+    model = tiny.model("gemma4")  # of 7 layers, 3 is the last that can drop
+    plan = presets.pyramid(model)
+    assert list(plan.drops) == [1, 2, 3]  # 1, 3 and 5
+    with hico_kernels.compress(model, plan):
+        pass
+    plain = tiny.model("llava_onevision")
+    assert presets.fastv(model=plain) == presets.fastv()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hico_kernels.merge.reference import merge_tokens_round_by_round
-from hico_kernels.patch.families import LINEAR, Parts, last_drop, layer_kinds, take_apart
+from hico_kernels.patch.families import LINEAR, Parts, layer_kinds, scoring_layers, take_apart
 from hico_kernels.patch.handle import Layout, as_drops, compress
 from hico_kernels.patch.masked import masked
 from hico_kernels.patch.plan import DropPlan, TextTopK, Uniform
@@ -47,11 +47,9 @@ def selfcheck(
 
 
 def _plan(decoder: nn.Module) -> DropPlan:
-    kinds = layer_kinds(decoder)
-    drops = last_drop(decoder) + 1  # layers where tokens can be dropped
-    scoring = [layer for layer in range(drops) if kinds[layer] != LINEAR]
-    second = min(scoring, key=lambda layer: abs(layer - 2 * len(kinds) // 3))
-    return DropPlan({min(len(kinds) // 3, second // 2): Uniform(0.75), second: TextTopK(0.25)})
+    layers = len(decoder.layers)
+    second = min(scoring_layers(decoder), key=lambda layer: abs(layer - 2 * layers // 3))
+    return DropPlan({min(layers // 3, second // 2): Uniform(0.75), second: TextTopK(0.25)})
 
 
 def _compare(model: nn.Module, parts: Parts, plan: DropPlan, rows: Layout) -> dict[str, float]:

@@ -175,11 +175,17 @@ def why_not_drop(decoder: nn.Module, layer: int, scored: bool) -> str | None:
             f"the last layers read the keys of layer {last}, and would go on seeing what is "
             f"dropped behind it: drop in layer {last} or before"
         )
-    kinds = layer_kinds(decoder)
-    if scored and kinds[layer] == LINEAR:
-        others = ", ".join(str(i) for i, kind in enumerate(kinds) if kind != LINEAR)
+    scoring = scoring_layers(decoder)
+    if scored and layer not in scoring:
+        others = ", ".join(map(str, scoring))
         return f"nothing attends to tokens in a layer of linear attention: score in one of {others}"
     return None
+
+
+def scoring_layers(decoder: nn.Module) -> list[int]:
+    """The layers where tokens can be dropped by what the text attends to there."""
+    kinds = layer_kinds(decoder)
+    return [layer for layer in range(last_drop(decoder) + 1) if kinds[layer] != LINEAR]
 
 
 def last_drop(decoder: nn.Module) -> int:
