@@ -164,7 +164,7 @@ def test_what_gemma_4_cannot_do_is_said():
         assert (found["family"], found["positions"], found["rows"]) == (
             "Gemma 4",
             ["keep"],
-            ["padded"],
+            ["padded", "packed"],
         )
 
 

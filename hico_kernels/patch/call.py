@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from hico_kernels.patch.clock import Clock
 from hico_kernels.patch.columns import Columns, holds_fewer, layer_of
-from hico_kernels.patch.families import LINEAR, layer_kinds, reads_keys
-from hico_kernels.patch.masks import layer_mask, real_tokens
-from hico_kernels.patch.packed import PackedRows, has_packed, many_each, one_each, packed_layer
+from hico_kernels.patch.families import LINEAR, SLIDING, goes_by_mask, layer_kinds, reads_keys
+from hico_kernels.patch.masks import each_mask, layer_mask, real_tokens
+from hico_kernels.patch.packed import PackedRows, few_each, many_each, one_each
+from hico_kernels.patch.packed_cache import PackedLayer, has_packed, packed_layer
 from hico_kernels.patch.plan import DropPlan, Rule, Uniform
 from hico_kernels.patch.rows import Prompt, Rows, best, evenly
 from hico_kernels.patch.scores import text_scores
@@ -36,6 +37,7 @@ class Call:
     places: Tensor | None = None  # [B, q] rotary positions, where merging closed gaps in them
     placed: Tensor | None = None  # [B] tokens of each sequence then, this call included
     packing: list[int] | None = None  # tokens of each sequence, padding left out; None: padded rows
+    few: int = 0  # of packed sequences only the last so many run where keys are read; 0: all
     rows: Rows | PackedRows | None = None  # None until the first drop
     counts: list[dict[int, int]] = field(default_factory=list)  # per row: layer -> visual kept
     drops: bool = False  # whether this call drops anything at all
@@ -50,8 +52,8 @@ class Call:
     _steps: dict[int, tuple[Rows | PackedRows | None, Tensor | None]] = field(default_factory=dict)
     _placed: tuple[Tensor, Tensor] | None = None  # renumbered tables of the layer before
     _once: dict[str, list[tuple[tuple, Any]]] = field(default_factory=dict)
-    # By kind of layer, what the last one with keys was told: mask and rotary tables.
-    _told: dict[str, tuple[Tensor | None, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    # By kind of layer, what the last one with keys was told: a mask, or packed; rotary tables.
+    _told: dict[str, tuple[Any, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._kinds = layer_kinds(self.decoder)
@@ -150,7 +152,11 @@ class Call:
         for the rows that are left.
         """
         beside = args[1] if len(args) > 1 else None
-        if beside is None or self.rows is None or hidden.shape[1] != len(self.rows):
+        if beside is None or self.rows is None:
+            return args
+        if isinstance(self.rows, PackedRows):
+            return (args[0], beside.flatten(0, 1)[self.rows.slots][None], *args[2:])
+        if hidden.shape[1] != len(self.rows):
             return args
         each = torch.arange(self.batch, device=beside.device)[:, None]
         return (args[0], beside[each, self.rows.index], *args[2:])
@@ -181,43 +187,88 @@ class Call:
         one's, and it may be asked for the last tokens only.
         """
         rows, (mask, (cos, sin)) = hidden.shape[1], told
+        new["position_ids"] = None
+        if isinstance(mask, dict):
+            new["attention_mask"] = None
+            new.update(mask if self.rows is None else few_each(mask, self.rows))
+            new[name] = (cos, sin) if self.rows is None else self._taken(new[name])
+            return _with(hidden, args, new)
         new["attention_mask"] = None if mask is None else mask[..., -rows:, :]
         new[name] = cos[..., -rows:, :], sin[..., -rows:, :]
-        new["position_ids"] = None
         return _with(hidden, args, new)
 
     def _packed(
         self, index: int, cache: Any, hidden: Tensor, name: str, args: tuple, new: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """New arguments for a layer without padding."""
-        store = packed_layer(cache, index, self.mask, self.length, self.batch, hidden.device)
+        by_mask = goes_by_mask(self.decoder, index)
+        store = packed_layer(
+            cache, index, self.mask, self.length, self.batch, hidden.device, by_mask
+        )
         if store is not None and index == 0:
             store.placed = self.placed
         past = 0 if store is None else store.get_seq_length()
+        given = new["attention_mask"] if by_mask else None
         new["attention_mask"] = new["position_ids"] = None
         if self.rows is None:  # a new token for each sequence
             store.announce(1, past + 1)
             places = store.lengths[:, None]
-            new.update(one_each(store, self.decoder.config._attn_implementation))
+            told = self._one_each(store, given if self._kinds[index] == SLIDING else None)
         else:
-            held = [0] * self.batch if store is None else store.host_counts()
             if store is not None:
                 store.announce(self.rows, past + self.length)
                 places = (self.rows.places + store.lengths[self.rows.sequence])[None]
             else:
                 places = self.rows.places[None]
-            new.update(
-                self._remember(
-                    "lengths",
-                    (self.rows, *held),
-                    lambda: many_each(self.rows, held, self.decoder.config._attn_implementation),
-                )
-            )
+            told = self._many_each(store, given, past)
+        new.update(told)
         if self.plan.positions == "renumber":
             new[name] = self._placed = self.decoder.rotary_emb(hidden, places)
         elif self.rows is not None:
             new[name] = self._taken(new[name])
+        self._told[self._kinds[index]] = told, new[name]
         return _with(hidden, args, new)
+
+    def _one_each(self, store: PackedLayer, mask: Tensor | None) -> dict[str, Any]:
+        """What attention is told of a new token for each sequence; mask: of its window."""
+        if mask is None:
+            attention = self.decoder.config._attn_implementation
+            return one_each(store.lengths, store.longest, attention)
+        past, one = store.seen - 1, torch.ones_like(store.lengths)[:, None]
+        queries, keys = Columns(one * past, one.bool(), True), store.shown()
+        return {
+            "attention_mask": layer_mask(
+                mask,
+                queries,
+                keys,
+                start=past,
+                length=store.seen,
+                past=store.longest,
+                capacity=None,
+                flash=False,
+                dtype=mask.dtype,
+                eager=False,
+            )
+        }
+
+    def _many_each(self, store: PackedLayer | None, mask: Tensor | None, past: int) -> dict:
+        """What attention is told of the rows; mask: of a layer that does not see all before."""
+        held = [0] * self.batch if store is None else store.host_counts()
+        if mask is None:
+            attention = self.decoder.config._attn_implementation
+            return self._remember(
+                "lengths", (self.rows, *held), lambda: many_each(self.rows, held, attention)
+            )
+
+        def make() -> dict:
+            own = (self.rows.slots % self.length).split(self.rows.counts)
+            before = [own[0][:0]] * self.batch
+            if any(held):
+                before = [row[:n] for row, n in zip(store.positions, held, strict=True)]
+            return {"hico_masks": each_mask(mask, own, before, past, past + self.length)}
+
+        # What layers hold of a sequence may be as long and yet not the same.
+        return make() if any(held) else self._remember("masks", (self.rows, mask), make)
 
     def _left(
         self,
@@ -244,10 +295,14 @@ class Call:
                 with torch.no_grad():  # what is chosen has no gradient
                     left = self._drop(index, layer, self._filled(hidden, source), embeddings)
                 source = _through(source, left)
-            self._steps[index] = (self.rows, source)
             width = self.length if self.rows is None else len(self.rows)
             packed = isinstance(self.rows, PackedRows)
-            self.held.append(self.rows.counts if packed else [width] * self.batch)
+            seen = self.rows.counts if packed else [width] * self.batch
+            if packed and reads_keys(layer) and 0 < self.few <= min(seen):
+                seen, self.last[-1] = self.held[-1], self.few  # as in the layers with keys
+                self.rows, source = self.rows.last(self.few)
+            self.held.append(seen)
+            self._steps[index] = (self.rows, source)
         rows, source = self._steps[index]
         if rows is not self.rows:
             self.rows = rows

@@ -233,22 +233,19 @@ _DROPPED = {
 }
 
 
-def check_cache(cache: object, packed: bool = False) -> None:
-    """Raise for a cache whose layers cannot hold fewer tokens than the sequence has; or, packed,
-    another number for every sequence.
-    """
+def check_cache(cache: object) -> None:
+    """Raise for a cache whose layers cannot hold fewer tokens than the sequence has."""
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
     kinds = {type(layer) for layer in cache.layers} - _WITHOUT
     if cache.layer_class_to_replicate is not None:
         kinds.add(cache.layer_class_to_replicate)
-    fine = {k: v for k, v in _DROPPED.items() if not packed or k is not DynamicSlidingWindowLayer}
-    ours = tuple(fine.values())
-    wrong = [kind.__name__ for kind in kinds if kind not in fine and not issubclass(kind, ours)]
+    ours = tuple(_DROPPED.values())
+    wrong = [kind.__name__ for kind in kinds if kind not in _DROPPED and not issubclass(kind, ours)]
     if wrong:
-        allowed, how = ", ".join(kind.__name__ for kind in fine), "pack" if packed else "drop"
+        allowed = ", ".join(kind.__name__ for kind in _DROPPED)
         raise TypeError(
-            f"past_key_values must be made of {allowed} to {how} tokens, got "
+            f"past_key_values must be made of {allowed} to drop tokens, got "
             f"{', '.join(sorted(wrong))} "
             "(quantized and static sliding-window caches are not supported)"
         )

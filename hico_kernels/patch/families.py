@@ -50,15 +50,8 @@ FAMILIES = {
         visual={"pixel_values": "image_token_id", "pixel_values_videos": "image_token_id"},
         multi_axis=True,
     ),
-    "gemma3": Family(
-        "Gemma 3",
-        ("gemma3_text",),
-        visual=_IMAGES,
-        one_by_one="tokens of an image see each other in Gemma 3, ahead and back",
-    ),
-    "gemma4": Family(
-        "Gemma 4", ("gemma4_text",), one_by_one="layers of Gemma 4 share keys and take embeddings"
-    ),
+    "gemma3": Family("Gemma 3", ("gemma3_text",), visual=_IMAGES),
+    "gemma4": Family("Gemma 4", ("gemma4_text",)),
     "qwen3_5": _qwen3_5("qwen3_5_text"),
     "qwen3_5_moe": _qwen3_5("qwen3_5_moe_text"),
 }
@@ -71,7 +64,9 @@ _KNOWN_REASONS = {
     "VideoChatFlashQwenForCausalLM": _OFFICIAL,  # of one checkpoint the model type is qwen2
 }
 LINEAR = "linear_attention"  # a state that runs over the tokens; no keys, no positions
-_LAYER_KINDS = {"full_attention", "sliding_attention", LINEAR}
+SLIDING = "sliding_attention"
+_LAYER_KINDS = {"full_attention", SLIDING, LINEAR}
+_AHEAD = {"gemma3_text"}  # tokens of an image see each other, in layers of full attention too
 PACKED = "hico_packed"  # stands in for sdpa in models patched with rows="packed"
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
@@ -139,7 +134,7 @@ def why_not_attention(decoder: nn.Module) -> str | None:
     attention = decoder.config._attn_implementation
     if attention not in (*_ATTENTION, PACKED):
         return f"attn_implementation must be one of {', '.join(_ATTENTION)}, got {attention!r}"
-    if "flash" in attention and "sliding_attention" in layer_kinds(decoder):
+    if "flash" in attention and SLIDING in layer_kinds(decoder):
         return f"{attention} counts sliding windows in stored tokens; use sdpa for this model"
     return None
 
@@ -149,18 +144,14 @@ def why_not_packed(parts: Parts) -> str | None:
     attention = parts.decoder.config._attn_implementation
     if attention != "sdpa" and "flash" not in attention and attention != PACKED:
         return f"attn_implementation must be sdpa or flash attention, got {attention!r}"
-    if parts.family.one_by_one is not None:
-        return parts.family.one_by_one
-    if "sliding_attention" in layer_kinds(parts.decoder):
-        return "this model has sliding windows, which count original positions"
-    return None
+    return parts.family.one_by_one
 
 
 def why_not_renumber(parts: Parts) -> str | None:
     """Why kept tokens cannot be given new positions."""
     if parts.family.multi_axis:
         return f"{parts.family.name} has rotary positions of time, height and width"
-    if "sliding_attention" in layer_kinds(parts.decoder):
+    if SLIDING in layer_kinds(parts.decoder):
         return "this model has sliding windows, which count original positions"
     if hasattr(parts.decoder.rotary_emb, "layer_types"):
         return f"{parts.family.name} has rotary positions for every kind of layer"
@@ -204,6 +195,11 @@ def last_drop(decoder: nn.Module) -> int:
 def reads_keys(layer: nn.Module) -> bool:
     """Whether the layer has no keys of its own, but those of an earlier layer of its kind."""
     return getattr(getattr(layer, "self_attn", None), "is_kv_shared_layer", False)
+
+
+def goes_by_mask(decoder: nn.Module, layer: int) -> bool:
+    """Whether a token of that layer sees other tokens than all before it."""
+    return layer_kinds(decoder)[layer] == SLIDING or decoder.config.model_type in _AHEAD
 
 
 def layer_kinds(decoder: nn.Module) -> list[str]:

@@ -28,7 +28,8 @@ from hico_kernels.patch.families import (
 from hico_kernels.patch.frames import frames
 from hico_kernels.patch.loss import why_not_labels, with_loss
 from hico_kernels.patch.masks import real_tokens
-from hico_kernels.patch.packed import PackedRows, has_packed
+from hico_kernels.patch.packed import PackedRows
+from hico_kernels.patch.packed_cache import has_packed
 from hico_kernels.patch.places import places
 from hico_kernels.patch.plan import DropPlan, Uniform
 from hico_kernels.patch.prellm import PreLLM, check_merging
@@ -254,9 +255,12 @@ class Handle:
             local.unwatch = call.clock.watch(attention, "attention", call.prompt.visual.device)
         wanted = given.get("logits_to_keep", 0) if self._counts_logits else 0
         local.wanted = wanted if isinstance(wanted, int) else 0
-        # Layers that read keys would run for the last tokens that came in, dropped or not.
-        if call.prompt is not None and local.wanted > call.prompt.num_behind:
+        # Layers that read keys would run for the last tokens that came in, dropped or not; where
+        # sequences are packed, for those of the last one.
+        behind = call.length if call.prompt is None else call.prompt.num_behind
+        if local.wanted and (call.packing is not None or local.wanted > behind):
             new = {**(given if new is None else new), "logits_to_keep": 0}
+            call.few = 0 if _recorded(module, given) else local.wanted
         return None if new is None else ((), new)
 
     def _begin(
@@ -323,7 +327,7 @@ class Handle:
         if getattr(self._local, "labels", None) is not None:
             self._follow_labels()
         if cache is not None:
-            check_cache(cache, packed=self.rows == "packed")
+            check_cache(cache)
 
     def _pack(self, call: Call, cache: Any) -> None:
         """Let the call run without padding, where it drops or goes on with one that did."""
@@ -391,6 +395,12 @@ class _BeforeLayer:
 def as_drops(plan: DropPlan | PreLLM) -> DropPlan:
     """`PreLLM` alone as a plan that drops nothing."""
     return DropPlan({}, pre_llm=plan) if isinstance(plan, PreLLM) else plan
+
+
+def _recorded(decoder: nn.Module, given: dict[str, Any]) -> bool:
+    """Whether what every layer makes is asked for, of all tokens."""
+    names = ("output_hidden_states", "output_attentions", "output_router_logits")
+    return any(given.get(name) or getattr(decoder.config, name, False) for name in names)
 
 
 def _named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

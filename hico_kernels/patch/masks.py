@@ -7,6 +7,8 @@ made from positions, unless attention is right without: PyTorch aligns `is_causa
 left, so a mask is needed as soon as there are more keys than queries and more than one query.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ def layer_mask(
     if mask is None:
         allowed = queries.positions[:, :, None] >= keys.positions[:, None]
     else:
-        allowed = _taken(mask, queries, keys, start, length, capacity)
+        allowed = _taken(mask, queries, keys, start, length)
     allowed = allowed & keys.valid[:, None]
     if not queries.full:  # padding with nothing to see sees itself: a softmax over nothing is NaN
         own = torch.arange(len(queries), device=allowed.device)
@@ -78,9 +80,24 @@ def layer_mask(
     return allowed
 
 
-def _taken(
-    mask: Tensor, queries: Columns, keys: Columns, start: int, length: int, capacity: int | None
-) -> Tensor:
+def each_mask(
+    mask: Tensor, rows: Sequence[Tensor], held: Sequence[Tensor], past: int, length: int
+) -> list[Tensor]:
+    """A mask for each sequence, [L, held + L] bool, where they do not share one.
+
+    mask: what the model gave the layer, [B or 1, 1, q, keys]; rows: of each sequence the places of
+    its tokens in this call; held: the positions of what the layer holds; past: position of this
+    call's first token; length: of the sequence.
+    """
+    first, out = max(length - mask.shape[-1], 0), []  # as below
+    for row, (own, before) in enumerate(zip(rows, held, strict=True)):
+        columns = torch.cat([before, own + past]) - first
+        allowed = _allowed(mask[row % len(mask), 0, own])
+        out.append(allowed[:, columns.clamp(min=0)] & (columns >= 0))
+    return out
+
+
+def _taken(mask: Tensor, queries: Columns, keys: Columns, start: int, length: int) -> Tensor:
     """Rows and columns of the whole mask, [B, L, N] bool."""
     if mask.dim() != 4 or mask.shape[1] != 1:
         raise ValueError(
@@ -88,7 +105,7 @@ def _taken(
         )
     batch = queries.positions.shape[0]
     mask = mask.expand(batch, -1, -1, -1)
-    first = 0 if capacity is not None else length - mask.shape[-1]  # windows begin later
+    first = max(length - mask.shape[-1], 0)  # windows begin later, static masks are longer
     columns = (keys.positions - first)[:, None]
     each = torch.arange(batch, device=mask.device)[:, None]
     rows = _allowed(mask[each, 0, queries.positions - start])
