@@ -9,9 +9,21 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from hico_kernels.patch.rows import to_device
-from hico_kernels.select import text_guided_scores
+from hico_kernels.select import gather_tokens, text_guided_scores
 
 _PROBE = "hico_probe"
+# Attention of transformers with these projections, with or without a norm of every head, whose
+# rotary tables [B, L, D] turn the halves of a head against each other.
+_HALVES = {
+    "Gemma3Attention",
+    "LlamaAttention",
+    "MistralAttention",
+    "Qwen2Attention",
+    "Qwen2VLAttention",
+    "Qwen2_5_VLAttention",
+    "Qwen3Attention",
+    "Qwen3VLTextAttention",
+}
 
 
 def probe_config(config: Any) -> Any:
@@ -68,14 +80,60 @@ def text_scores(
     float64).
     """
     with torch.no_grad():
-        q, k, scale = attention_inputs(layer, hidden, embeddings, config)
+        if turns_halves(layer.self_attn, embeddings[0]):
+            q, k, cos, sin = _keys_to_turn(layer, hidden, embeddings, asking, slots)
+            scale = layer.self_attn.scaling
+        else:
+            q, k, scale = attention_inputs(layer, hidden, embeddings, config)
+            q, k, cos, sin = q.flatten(0, 1)[asking], k.flatten(0, 1)[slots], None, None
         return text_guided_scores(
-            q.flatten(0, 1)[asking],
-            k.flatten(0, 1)[slots],
+            q,
+            k,
             torch.arange(len(lengths) + 1, device=hidden.device),
             to_device(list(accumulate(lengths, initial=0)), hidden.device),
             scale=scale,
+            cos=cos,
+            sin=sin,
         )
+
+
+def turns_halves(attention: nn.Module, table: Tensor) -> bool:
+    """Whether keys can be had without their rotary positions, which scoring then applies."""
+    kind = type(attention)
+    known = kind.__name__ in _HALVES and kind.__module__.startswith("transformers.")
+    # transformers before 5.18 has tables [3, B, L, D] for positions of time, height and width.
+    return known and table.dim() == 3 and table.shape[-1] == attention.head_dim
+
+
+def _keys_to_turn(
+    layer: nn.Module,
+    hidden: Tensor,
+    embeddings: tuple[Tensor, Tensor],
+    asking: Tensor,
+    slots: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries [B, H, D] of `asking` with rotary positions, keys [S, Hkv, D] of `slots` without, and
+    the tables [S, D] of these. No other query is made, and no value.
+    """
+    attention = layer.self_attn
+    x = layer.input_layernorm(hidden).flatten(0, 1)
+    cos, sin = (table.expand(len(hidden), -1, -1).flatten(0, 1) for table in embeddings)
+    k = _heads(attention, "k", x)
+    x, own_cos, own_sin = gather_tokens(x, asking, cos, sin)
+    q = _heads(attention, "q", x)
+    a, b = q.chunk(2, dim=-1)
+    q = q * own_cos[:, None] + torch.cat((-b, a), dim=-1) * own_sin[:, None]
+    if len(slots) < len(k):
+        taken, cos, sin = gather_tokens(k.flatten(1), slots, cos, sin)
+        k = taken.unflatten(1, k.shape[1:])
+    return q.to(k.dtype), k, cos, sin  # autocast leaves q as wide as its table
+
+
+def _heads(attention: nn.Module, name: str, x: Tensor) -> Tensor:
+    """Rows x [S, C] -> queries ("q") or keys ("k") [S, heads, D]."""
+    heads = getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{name}_norm", None)
+    return heads if norm is None else norm(heads)
 
 
 def _look(
