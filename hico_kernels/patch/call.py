@@ -51,6 +51,7 @@ class Call:
     _kinds: list[str] = field(init=False)
     _steps: dict[int, tuple[Rows | PackedRows | None, Tensor | None]] = field(default_factory=dict)
     _placed: tuple[Tensor, Tensor] | None = None  # renumbered tables of the layer before
+    _anew: tuple[Tensor, Tensor] | None = None  # tables of `places`
     _once: dict[str, list[tuple[tuple, Any]]] = field(default_factory=dict)
     # By kind of layer, what the last one with keys was told: a mask, or packed; rotary tables.
     _told: dict[str, tuple[Any, tuple[Tensor, Tensor]]] = field(default_factory=dict)
@@ -108,7 +109,7 @@ class Call:
         self.over = True
         self._once.clear()
         self._told.clear()
-        self._placed = None
+        self._placed = self._anew = None
 
     def before_layer(
         self, index: int, layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]
@@ -282,7 +283,9 @@ class Call:
 
         Decided once: gradient checkpointing runs the layers again, the last one first.
         """
+        tables = None
         if index not in self._steps:
+            tables = self._flat_tables(embeddings)
             whole = self.length if self.rows is None else len(self.rows)
             self.last.append(hidden.shape[1] if hidden.shape[1] < whole else None)
             source, drops = None, index in self._rules and self.prompt is not None
@@ -293,7 +296,7 @@ class Call:
                 source = _through(source, self._keep_merged())
             if drops:
                 with torch.no_grad():  # what is chosen has no gradient
-                    left = self._drop(index, layer, self._filled(hidden, source), embeddings)
+                    left = self._drop(index, layer, hidden, source, embeddings)
                 source = _through(source, left)
             width = self.length if self.rows is None else len(self.rows)
             packed = isinstance(self.rows, PackedRows)
@@ -310,7 +313,29 @@ class Call:
         if source is None:
             return hidden
         with self.clock.time("compacting", hidden.device):
-            return self._filled(hidden, source)
+            if tables is None:
+                return self._filled(hidden, source)
+            batch = 1 if isinstance(self.rows, PackedRows) else self.batch
+            taken = gather_tokens(hidden.flatten(0, 1), source, *tables)
+            hidden, *tables = (x.unflatten(0, (batch, -1)) for x in taken)
+            self._once["tables"] = [((embeddings[0],), tuple(tables))]
+            return hidden
+
+    def _flat_tables(self, given: tuple[Tensor, Tensor]) -> list[Tensor] | None:
+        """Rotary tables [rows, D] of the rows as they are, which a drop takes along with the hidden
+        states; None where they are not at hand, and `_taken` takes them from all of the call's.
+        """
+        if self.plan.positions == "renumber":
+            return None
+        batch, length = self.batch, self.length
+        if self.rows is not None:
+            known = self._once.get("tables", ())
+            given = next((own for (key,), own in known if key is given[0]), None)
+            packed = isinstance(self.rows, PackedRows)
+            batch, length = (1, len(self.rows.slots)) if packed else (batch, len(self.rows))
+        if given is None or given[0].dim() != 3 or given[0].shape[:2] != (batch, length):
+            return None
+        return [table.flatten(0, 1) for table in given]
 
     def _filled(self, hidden: Tensor, source: Tensor | None) -> Tensor:
         """The rows as they are now, from the flat rows `source` of `hidden`; None: hidden."""
@@ -344,9 +369,16 @@ class Call:
         return self.rows.slots
 
     def _drop(
-        self, index: int, layer: nn.Module, hidden: Tensor, embeddings: tuple[Tensor, Tensor]
+        self,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        source: Tensor | None,
+        embeddings: tuple[Tensor, Tensor],
     ) -> Tensor | None:
-        """Choose what stays: the flat row that each place is filled from; None: everything."""
+        """Choose what stays of `_filled(hidden, source)`: the flat row that each place is filled
+        from; None: everything.
+        """
         rows = self.rows if self.rows is not None else Rows.whole(self.prompt)
         keep = [counts[index] for counts in self.counts]
         if keep == rows.visual:
@@ -356,7 +388,8 @@ class Call:
             chosen = evenly(slots, rows.visual, keep)
         else:
             with self.clock.time("scoring", hidden.device):
-                chosen = self._best(layer, hidden, embeddings, rows, slots, keep)
+                heard = self._filled(hidden, source)
+                chosen = self._best(layer, heard, embeddings, rows, slots, keep)
             packed = isinstance(rows, PackedRows)
             self.scored[index] = rows.counts if packed else [len(rows)] * self.batch
         with self.clock.time("compacting", hidden.device):
@@ -445,7 +478,12 @@ class Call:
         """Rotary tables of all tokens of the call: the model's own, or without merging's gaps."""
         if self.places is None:
             return tables
-        return self._remember("placed", (), lambda: self.decoder.rotary_emb(hidden, self.places))
+        anew = self._anew
+        if anew is None:
+            anew = self.decoder.rotary_emb(hidden, self.places)
+        if not self.over:  # kept through drops: what these leave is found by it
+            self._anew = anew
+        return anew
 
     def _embeddings(
         self, tables: tuple[Tensor, Tensor], columns: Columns, hidden: Tensor

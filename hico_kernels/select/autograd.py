@@ -36,7 +36,9 @@ class GatherMany(torch.autograd.Function):
         ends = () if cu_seqlens is None else (cu_seqlens,)
         run = overload("gather_many", impl, x, index, *more, *ends)
         out = run(x, index, more, cu_seqlens)
-        ctx.mark_non_differentiable(*[y for y in out if not y.is_floating_point()])
+        wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:], False  # cu_seqlens is last
+        fixed = [y for y, wants in zip(out, wanted, strict=False) if not wants]
+        ctx.mark_non_differentiable(*fixed)
         return tuple(out)
 
     @staticmethod

@@ -1,13 +1,17 @@
-"""Scores of a layer from keys that are turned while they are read, beside those from what the layer
-itself attends with.
+"""What a drop asks of fused operations: tables go with the hidden states that stay, and keys are
+turned while they are read.
 """
 
 import patch_models as tiny
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hico_kernels.patch import scores
+import hico_kernels
+from hico_kernels import DropPlan, TextTopK, Uniform
+from hico_kernels.patch import PreLLM, scores
 from hico_kernels.patch.families import take_apart
+from hico_kernels.patch.rows import Rows
 from hico_kernels.patch.scores import probe_config, text_scores, turns_halves
 
 MULTI_AXIS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -104,3 +108,81 @@ def test_rotary_positions_of_another_kind_are_left_to_the_layer():
         assert not turns_halves(layer.self_attn, cos)
     finally:
         layer.self_attn.__class__ = own
+
+
+class Gathers(TorchDispatchMode):
+    """How many floating tensors every operation took that picks rows of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        picks = any(part in name for part in ("gather", "aten.index.", "index_select"))
+        if picks and args[0].is_floating_point() and args[0].dim() > 1:
+            more = args[2] if "gather_many" in name else ()
+            self.seen.append((name.partition(".")[0], 1 + len(more)))
+        return function(*args, **(kwargs or {}))
+
+
+def picked(model, inputs, plan=None, rows="padded"):
+    """What picks rows in the language model: all that a patch adds."""
+    with torch.no_grad(), Gathers() as stock:
+        model(**inputs, use_cache=False)
+    with hico_kernels.compress(model, plan, rows), torch.no_grad(), Gathers() as ours:
+        model(**inputs, use_cache=False)
+    assert ours.seen[: len(stock.seen)] == stock.seen  # in the vision tower
+    return ours.seen[len(stock.seen) :]
+
+
+TABLES_TOO = ("hico", 3)  # hidden states, cosines and sines
+BATCHES = {"one": ("padded", (0,)), "padded": ("padded", (0, 3)), "packed": ("packed", (0, 3))}
+
+
+@pytest.mark.skipif(tiny.VERSION < (5, 18), reason="its tables have an axis more there")
+@pytest.mark.parametrize(("rows", "padding"), BATCHES.values(), ids=BATCHES)
+def test_a_drop_takes_rotary_tables_along(rows, padding):
+    """One call for each drop. A scored one has another for what asks, and for the keys it hears."""
+    model, inputs = tiny.model("qwen2_vl"), tiny.prompt("qwen2_vl", padding)
+    uniform = DropPlan({1: Uniform(0.75), 2: Uniform(0.5)})
+    assert picked(model, inputs, uniform, rows) == [TABLES_TOO] * 2
+    scored = DropPlan({1: Uniform(0.75), 2: TextTopK(0.5)})
+    keys = [TABLES_TOO] * (rows == "padded" and len(padding) > 1)
+    assert picked(model, inputs, scored, rows) == [TABLES_TOO] * 3 + keys
+
+
+def test_tables_that_sequences_share_are_taken_behind_the_first_drop(monkeypatch):
+    """Positions [1, q] of a batch of two: LLaVA's, without a cache."""
+    model, inputs = tiny.model("llava_onevision"), tiny.prompt("llava_onevision", (0, 3))
+    taken, stock = [], Rows.table
+    monkeypatch.setattr(Rows, "table", lambda self, t: taken.append(t.shape[0]) or stock(self, t))
+    plan = DropPlan({1: Uniform(0.75), 2: Uniform(0.5), 3: Uniform(0.25)})
+    with hico_kernels.compress(model, plan), torch.no_grad():
+        model(**inputs, use_cache=False)
+    assert taken == [1, 1]
+
+
+def test_positions_without_the_gaps_of_merging_are_turned_to_tables_once():
+    model, inputs = tiny.model("llava_onevision"), tiny.prompt("llava_onevision", (0, 3))
+    plan, made = DropPlan({2: Uniform(0.5)}, pre_llm=PreLLM(4, per_frames=2)), []
+    hook = tiny.decoder(model).rotary_emb.register_forward_hook(lambda *call: made.append(call))
+    with hico_kernels.compress(model, plan), torch.no_grad():
+        model(**inputs, use_cache=False)
+    hook.remove()
+    assert len(made) == 2  # the model's own, and these
+
+
+def test_tables_that_were_taken_along_have_no_gradient():
+    model, inputs = tiny.model("qwen2_vl"), tiny.prompt("qwen2_vl")
+    given = []
+    layer = tiny.decoder(model).layers[3]
+    with hico_kernels.compress(model, DropPlan({1: Uniform(0.75), 3: Uniform(0.5)})):
+        hook = layer.register_forward_pre_hook(
+            lambda layer, args, kwargs: given.append((args, kwargs)), with_kwargs=True
+        )
+        model(**inputs, use_cache=False)
+        hook.remove()
+    ((args, kwargs),) = given
+    assert (args[0] if args else kwargs["hidden_states"]).requires_grad
+    assert not any(table.requires_grad for table in kwargs["position_embeddings"])
