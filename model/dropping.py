@@ -24,7 +24,7 @@ class Kept(NamedTuple):
     """What a drop leaves; `numbers` and `scores` have a tensor per sequence."""
 
     hidden: Tensor  # [S', D]: all text, and of the visual tokens those that stay, in their order
-    index: Tensor  # [S'] int64, the rows they had
+    positions: Tensor  # [S'] int64, those they had
     numbers: list[Tensor]  # ascending, among the visual tokens there were
     scores: list[Tensor] | None  # of the visual tokens there were, for `TextTopK`
 
@@ -54,7 +54,8 @@ def drop(
         parts = best.split(list(counts))
         numbers = [own - first for own, first in zip(parts, firsts[:-1], strict=True)]
     index = _rows_left(rows, numbers)
-    return Kept(gather_tokens(hidden, index), index, numbers, scores)
+    hidden, positions = gather_tokens(hidden, index, positions)
+    return Kept(hidden, positions, numbers, scores)
 
 
 def text_scores(
@@ -73,9 +74,11 @@ def text_scores(
     k = qwen2.heads(layer.self_attn.k_proj, x, config.head_dim)
     scores = text_guided_scores(
         qwen2.rotate(q, cos[last], sin[last]),
-        qwen2.rotate(k, cos, sin),
+        k,
         torch.arange(len(last) + 1, device=hidden.device),
         to_device(offsets, hidden.device),
+        cos=cos[:, 0].repeat(1, 2),  # for both halves of a head
+        sin=sin[:, 0].repeat(1, 2),
     )
     sequences = zip(scores.split(rows.lengths), rows.starts, rows.visual, strict=True)
     return [own[start : start + visual] for own, start, visual in sequences]

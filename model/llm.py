@@ -79,7 +79,7 @@ class LanguageModel(qwen2.Qwen2Weights):
                 layer = self.model.layers[first]
                 left = drop(rule, layer, hidden, positions, rows, after.visual, self.config)
                 hidden, rows = left.hidden, after
-                positions = from_zero(rows, hidden.device) if renumber else positions[left.index]
+                positions = from_zero(rows, hidden.device) if renumber else left.positions
                 numbers = [own[i] for own, i in zip(numbers, left.numbers, strict=True)]
                 kept[first] = numbers
                 if left.scores is not None:
