@@ -91,7 +91,7 @@ def anatomy(b: nn.Module) -> Anatomy:
         mlp = lambda x: x + b.lambda_2 * b.mlp(b.layernorm_after(x))  # noqa: E731
         project, scale = a.projection_layer, lambda u: b.lambda_1 * u
         return Anatomy(b.layernorm_before, qkv, a.num_heads, project, scale, mlp)
-    if kind in ("Qwen2VLVisionBlock", "Qwen2_5_VLVisionBlock", "Qwen3VLVisionBlock"):
+    if kind.startswith("Qwen"):
         a = b.attn
         mlp = lambda x: x + b.mlp(b.norm2(x))  # noqa: E731
         return Anatomy(b.norm1, lambda x: a.qkv(x).chunk(3, -1), a.num_heads, a.proj, same, mlp)

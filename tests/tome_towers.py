@@ -1,6 +1,6 @@
 """Tiny random vision towers of every supported kind, and pictures for them."""
 
-import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -128,6 +128,24 @@ PACKED = {
         num_position_embeddings=64,
         deepstack_visual_indexes=[0, 2],
     ),
+    "qwen3_vl_moe": _packed(
+        "qwen3_vl_moe",
+        "Qwen3VLMoeVisionModel",
+        "Qwen3VLMoeVisionConfig",
+        **QWEN,
+        num_position_embeddings=64,
+        deepstack_visual_indexes=[0, 2],
+    ),
+    "qwen3_5": _packed(
+        "qwen3_5", "Qwen3_5VisionModel", "Qwen3_5VisionConfig", **QWEN, num_position_embeddings=64
+    ),
+    "qwen3_5_moe": _packed(
+        "qwen3_5_moe",
+        "Qwen3_5MoeVisionModel",
+        "Qwen3_5MoeVisionConfig",
+        **QWEN,
+        num_position_embeddings=64,
+    ),
     # Windows of 3 x 3 groups and less: 9, 3, 3 and 1 in a frame of 4 x 4.
     "qwen2_5_vl": _packed(
         "qwen2_5_vl",
@@ -139,6 +157,10 @@ PACKED = {
         fullatt_block_indexes=[0, 3],
     ),
 }
+# Not in every release of transformers.
+for _name in ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"):
+    if importlib.util.find_spec(f"transformers.models.{_name}") is None:
+        del PACKED[_name]
 
 
 def tower(kind: Tower, seed: int = 0) -> nn.Module:

@@ -38,10 +38,11 @@ def patch(
     2210.09461, section 3). Class tokens and registers never merge. The tower's output is shorter;
     `Handle.sizes`, `.assignment` and `.unmerge` say what became of each token.
 
-    Towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL hold packed frames. They merge whole groups of those
-    patches that their patch merger joins to one token, within a frame (Qwen2.5-VL: a window, in the
-    blocks that attend in windows), by the keys of a group side by side. What the patch merger and
-    DeepStack give has a token for every group again, so the language model goes on as it did.
+    Towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, with experts or without, hold packed
+    frames. They merge whole groups of those patches that their patch merger joins to one token,
+    within a frame (Qwen2.5-VL: a window, in the blocks that attend in windows), by the keys of a
+    group side by side. What the patch merger and DeepStack give has a token for every group again,
+    so the language model goes on as it did.
 
     r: pairs that merge in each block, at most half of its patches (packed: pairs of groups in each
     frame or window). keep: instead, the share of the patches in (0, 1] that the last block leaves

@@ -58,6 +58,9 @@ TOWERS = {
         "Qwen2VisionTransformerPretrainedModel": {"Qwen2VLVisionBlock": _PACKED},
         "Qwen2_5_VisionTransformerPretrainedModel": {"Qwen2_5_VLVisionBlock": _PACKED},
         "Qwen3VLVisionModel": {"Qwen3VLVisionBlock": _PACKED},
+        "Qwen3VLMoeVisionModel": {"Qwen3VLMoeVisionBlock": _PACKED},
+        "Qwen3_5VisionModel": {"Qwen3_5VisionBlock": _PACKED},
+        "Qwen3_5MoeVisionModel": {"Qwen3_5MoeVisionBlock": _PACKED},
         "InternVLVisionModel": {"InternVLVisionLayer": Kind("attention", "layernorm_before", _one)},
     },
     "timm": {
