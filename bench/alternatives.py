@@ -57,6 +57,32 @@ def grouped_scores(q: Tensor, k: Tensor) -> Tensor:
     return torch.stack(means).mean(dim=0)
 
 
+def layer_norm_and_mean(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, heads: int
+) -> tuple[Tensor, Tensor]:
+    """layer_norm_metric as two steps."""
+    y = F.layer_norm(x, weight.shape, weight, bias, eps)
+    return y, y.unflatten(-1, (heads, -1)).mean(dim=-2, dtype=torch.float32)
+
+
+def rotated(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys [S, Hkv, D] with rotary positions, as models turn them: in their dtype."""
+    turned = torch.cat([-k[..., k.shape[-1] // 2 :], k[..., : k.shape[-1] // 2]], dim=-1)
+    return k * cos[:, None] + turned * sin[:, None]
+
+
+def gather_each(x: Tensor, index: Tensor, more: list[Tensor], cu_seqlens: Tensor) -> list[Tensor]:
+    """gather_tokens with companions and bounds, one call for each."""
+    bounds = torch.searchsorted(index, cu_seqlens, out_int32=True)
+    return [*(t.index_select(0, index) for t in (x, *more)), bounds]
+
+
+def gather_and_rms_norm(x: Tensor, index: Tensor, weight: Tensor, eps: float) -> tuple:
+    """gather_rms_norm as two steps."""
+    rows = x.index_select(0, index)
+    return rows, F.rms_norm(rows, weight.shape, weight, eps)
+
+
 def topk_and_sort(scores: Tensor, keep: int) -> Tensor:
     """select_topk of one sequence; which of two equal scores wins is left to torch."""
     return scores.topk(keep).indices.sort().values
@@ -70,6 +96,11 @@ def sdpa_each(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tens
         out = F.scaled_dot_product_attention(*batched, is_causal=True, enable_gqa=True)
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
+
+
+def gradient(out: Tensor, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """The backward pass of what made `out`, which may be asked for again."""
+    return torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
 
 def sdpa_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:

@@ -31,6 +31,14 @@ def on_gpu(*names: str) -> list[str]:
     return [name for name in names if find_spec(_PACKAGES.get(name, "torch"))]
 
 
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """By torch.compile, for the shapes it is called with. Called late: Dynamo takes seconds to
+    import.
+    """
+    return torch.compile(function, dynamic=False)
+
+
 def attention(
     name: str, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]
 ) -> Callable[[], Tensor]:

@@ -5,12 +5,13 @@ import torch
 
 from bench import alternatives, peers
 from bench.results import short
-from hico_kernels import bipartite_soft_matching, merge_tokens
+from hico_kernels import bipartite_soft_matching, layer_norm_metric, merge_similar, merge_tokens
 from hico_kernels.testing import SPECS, Sample
 from hico_kernels.testing.shapes import CLIPS
 
 N = 16
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+CLOSE = {torch.float32: {"atol": 1e-5, "rtol": 1e-4}, torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2}}
 SHAPES = pytest.mark.parametrize("shape", ["umt224_clip", "wide_clip"])
 
 
@@ -85,3 +86,51 @@ def test_vit_block_step(measure, device, threads, benchmark, impl):
     run = hico if impl == "hico" else eager
     flops = 8 * 2 * 289 * 288 * 64
     measure(run, dtype=x.dtype, bytes_=metric.nbytes + 2 * x.nbytes, flops=flops)
+
+
+@pytest.mark.parametrize("impl", ["hico", "eager"])
+@DTYPES
+@pytest.mark.parametrize("images", [8, 64] if torch.cuda.is_available() else [8])
+def test_merge_similar(measure, device, threads, benchmark, images, dtype, impl):
+    benchmark.group = f"merge_similar-{images}x577x1024_r16-{short(dtype)}"
+    torch.manual_seed(0)  # two similarities that rounding may swap are rare, not impossible
+    x = torch.randn(images, 577, 1024, device=device, dtype=dtype)
+    metric = torch.randn(images, 577, 64, device=device)
+    sizes = torch.ones(images, 577, device=device, dtype=dtype)
+    sample = Sample("", (x, metric, 16, sizes), {"class_token": True})
+
+    def hico():
+        return merge_similar(*sample.args, **sample.kwargs)
+
+    def eager():
+        return alternatives.eager_vit_step(metric, x, sizes[..., None], 16)
+
+    # Ours leaves tokens where they are; the alternative puts the other half behind the first.
+    tokens, _, _, places, _ = hico()
+    halves = (places % 2 * 577 + places).argsort(dim=1)[..., None].expand_as(tokens)
+    torch.testing.assert_close(tokens.gather(1, halves), eager()[0], **CLOSE[dtype])
+    cost = SPECS["merge_similar"].cost(sample)
+    run = hico if impl == "hico" else eager
+    measure(run, dtype=torch.float32, bytes_=cost.bytes, flops=cost.flops)  # as merge_tokens
+
+
+@pytest.mark.parametrize("impl", ["hico", "layer_norm_and_mean", *peers.on_gpu("compiled")])
+@DTYPES
+@pytest.mark.parametrize("clips", [N, 250] if torch.cuda.is_available() else [N])
+def test_layer_norm_metric(measure, device, threads, benchmark, clips, dtype, impl):
+    s = CLIPS["umt224_clip"]
+    benchmark.group = f"layer_norm_metric-umt224_clip_x{clips}-{short(dtype)}"
+    x = torch.randn(clips, s.tokens, s.channels, device=device, dtype=dtype)
+    weight, bias = torch.randn(2, s.channels, device=device, dtype=dtype).unbind()
+    arguments = x, weight, bias, 1e-6, s.heads
+    run = {
+        "hico": layer_norm_metric,
+        "layer_norm_and_mean": alternatives.layer_norm_and_mean,
+        "compiled": lambda *given: peers.compiled(alternatives.layer_norm_and_mean)(*given),
+    }[impl]
+    theirs = alternatives.layer_norm_and_mean(*arguments)
+    for ours, other in zip(layer_norm_metric(*arguments), theirs, strict=True):
+        torch.testing.assert_close(ours, other, **CLOSE[dtype])
+    cost = SPECS["layer_norm_metric"].cost(Sample("", arguments))
+    # It computes in float32 whatever the dtype.
+    measure(lambda: run(*arguments), dtype=torch.float32, bytes_=cost.bytes, flops=cost.flops)
