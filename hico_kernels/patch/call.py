@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hico_kernels.patch.clock import Clock
 from hico_kernels.patch.columns import Columns, holds_fewer, layer_of
+from hico_kernels.patch.devices import device_of, moved
 from hico_kernels.patch.families import LINEAR, SLIDING, goes_by_mask, layer_kinds, reads_keys
 from hico_kernels.patch.masks import each_mask, layer_mask, real_tokens
 from hico_kernels.patch.packed import PackedRows, few_each, many_each, one_each
@@ -17,6 +18,10 @@ from hico_kernels.patch.plan import DropPlan, Rule, Uniform
 from hico_kernels.patch.rows import Prompt, Rows, best, evenly
 from hico_kernels.patch.scores import text_scores
 from hico_kernels.select import gather_tokens
+
+# What a call knows of its tokens.
+_KNOWN = ("mask", "prompt", "real", "merged", "places", "placed", "rows")
+_KNOWN += ("_placed", "_anew", "_told")
 
 
 @dataclass
@@ -29,6 +34,7 @@ class Call:
     length: int  # tokens given to the decoder
     mask: Tensor | None  # what the decoder was given: 2D, 4D or None
     prompt: Prompt | None  # None: nothing to drop in this call
+    home: torch.device  # of what the decoder was given
     clock: Clock
     probe: Any  # the config of attention that only looks, `scores.probe_config`
     real: Tensor | None = None  # [B, q] bool, False is padding; None: no padding, or not asked
@@ -49,6 +55,7 @@ class Call:
     over: bool = False  # the decoder has returned
     _rules: dict[int, Rule] = field(init=False)
     _kinds: list[str] = field(init=False)
+    _at: torch.device = field(init=False)  # where the layers run that this call has come to
     _steps: dict[int, tuple[Rows | PackedRows | None, Tensor | None]] = field(default_factory=dict)
     _placed: tuple[Tensor, Tensor] | None = None  # renumbered tables of the layer before
     _anew: tuple[Tensor, Tensor] | None = None  # tables of `places`
@@ -57,6 +64,7 @@ class Call:
     _told: dict[str, tuple[Any, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._at = self.home
         self._kinds = layer_kinds(self.decoder)
         self._rules = dict(self.plan.drops)  # torch.compile does not look into the plan's proxy
         if self.prompt is not None:
@@ -120,7 +128,15 @@ class Call:
         name = rotary_name(layer, kwargs)
         cache = None if is_checkpointed(layer) else kwargs.get("past_key_values")
         packed = has_packed(cache, index)
-        new[name] = self._tables(kwargs[name], hidden)
+        device = device_of(layer.input_layernorm, hidden.device)
+        if device != self._at:
+            self._move(device)
+        if device != self.home:
+            hidden, args = moved(hidden, device), moved(args, device)
+            for given in ("attention_mask", name):
+                new[given] = self._arrived(given, kwargs.get(given))
+        mask = new.get("attention_mask")
+        new[name] = self._tables(new[name], hidden)
         hidden = self._left(index, layer, hidden, new[name], packed)
         args = self._beside(args, hidden)
         kind = self._kinds[index]
@@ -138,15 +154,24 @@ class Call:
             store.placed = self.placed
         columns, queries = self._extend(store, past, hidden.device)
         shown = columns if store is None else columns.last(store.visible(len(queries)))
-        new["attention_mask"] = self._mask(
-            kwargs.get("attention_mask"), queries, shown, past, store, hidden
-        )
+        new["attention_mask"] = self._mask(mask, queries, shown, past, store, hidden)
         new[name] = self._embeddings(new[name], columns, hidden)
         self._told[kind] = new["attention_mask"], new[name]
         # Flash attention takes gaps in the positions for packed sequences. Not needed any more: the
         # rotary tables are gathered, the mask is made.
         new["position_ids"] = None
         return _with(hidden, args, new)
+
+    def _move(self, device: torch.device) -> None:
+        """The layers from here on run on another device: take along what is known of the tokens."""
+        for name in _KNOWN:
+            setattr(self, name, moved(getattr(self, name), device))
+        self._once.clear()
+        self._at = device
+
+    def _arrived(self, name: str, value: Any) -> Any:
+        """What the model gives all layers, on the device of this one."""
+        return self._remember(f"arrived_{name}", (value,), lambda: moved(value, self._at))
 
     def _beside(self, args: tuple, hidden: Tensor) -> tuple:
         """Positional arguments of a layer, with what Gemma 4 has beside the hidden states [B, q, D]
@@ -224,7 +249,7 @@ class Call:
             told = self._many_each(store, given, past)
         new.update(told)
         if self.plan.positions == "renumber":
-            new[name] = self._placed = self.decoder.rotary_emb(hidden, places)
+            new[name] = self._placed = self._rotary(hidden, places)
         elif self.rows is not None:
             new[name] = self._taken(new[name])
         self._told[self._kinds[index]] = told, new[name]
@@ -480,7 +505,7 @@ class Call:
             return tables
         anew = self._anew
         if anew is None:
-            anew = self.decoder.rotary_emb(hidden, self.places)
+            anew = self._rotary(hidden, self.places)
         if not self.over:  # kept through drops: what these leave is found by it
             self._anew = anew
         return anew
@@ -498,7 +523,10 @@ class Call:
 
     def _renumbered(self, columns: Columns, hidden: Tensor) -> tuple[Tensor, Tensor]:
         places = (columns.valid.cumsum(1) - 1).clamp(min=0)
-        return self.decoder.rotary_emb(hidden, places[:, -hidden.shape[1] :])
+        return self._rotary(hidden, places[:, -hidden.shape[1] :])
+
+    def _rotary(self, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        return moved(self.decoder.rotary_emb(hidden, places), hidden.device)
 
     def _taken(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         take, given = self.rows.table, tables[0].shape[-2]

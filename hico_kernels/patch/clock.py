@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from hico_kernels.patch.devices import device_of
+
 
 class Clock:
     """Sums of named pieces of work."""
@@ -25,9 +27,10 @@ class Clock:
             yield
         elif device.type == "cuda":
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
+            stream = torch.cuda.current_stream(device)  # whichever device is current
+            events[0].record(stream)
             yield
-            events[1].record()
+            events[1].record(stream)
             self._events.append((name, *events))
         else:
             start = time.perf_counter()
@@ -37,12 +40,14 @@ class Clock:
     def watch(
         self, modules: Sequence[nn.Module], name: str, device: torch.device
     ) -> Callable[[], None]:
-        """Add what these modules take in this thread to `name`, until the returned undo."""
+        """Add what these modules take in this thread to `name`, until the returned undo. device:
+        of those whose weights are offloaded.
+        """
         thread, running = threading.get_ident(), []
 
         def before(module: nn.Module, args: tuple) -> None:
             if threading.get_ident() == thread:
-                running.append(self.time(name, device))
+                running.append(self.time(name, device_of(module, device)))
                 running[-1].__enter__()
 
         def after(module: nn.Module, args: tuple, output: object) -> None:

@@ -14,6 +14,7 @@ from hico_kernels.patch.chunks import refuse_chunks
 from hico_kernels.patch.clock import Clock
 from hico_kernels.patch.columns import check_cache
 from hico_kernels.patch.deepstack import with_deepstack
+from hico_kernels.patch.devices import moved
 from hico_kernels.patch.families import (
     PACKED,
     Parts,
@@ -161,7 +162,8 @@ class Handle:
     @property
     def kept(self) -> dict[int, list[Tensor]]:
         """The last prompt's tokens that each drop left: layer -> ascending positions per row."""
-        left = {} if self._last is None else self._last.kept
+        last = self._last
+        left = {} if last is None else moved(last.kept, last.home)
         return {
             layer: [own[ok] for own, ok in zip(rows.index, rows.valid, strict=True)]
             for layer, rows in left.items()
@@ -181,7 +183,13 @@ class Handle:
         reason = why_not_renumber(self.parts)
         if plan.positions == "renumber" and reason is not None:
             raise ValueError(f"plan: positions must be 'keep', got 'renumber': {reason}")
+        spread = (getattr(self.model, "_tp_size", None) or 1) > 1
         for layer, rule in plan.drops.items():
+            if spread and not isinstance(rule, Uniform):
+                raise UnsupportedModel(
+                    f"model: drops[{layer}]: under tensor parallelism each process has some of the "
+                    f"heads, and {type(rule).__name__} would choose by these alone; use Uniform"
+                )
             reason = why_not_drop(self.parts.decoder, layer, not isinstance(rule, Uniform))
             if reason is not None:
                 raise ValueError(f"drops[{layer}]: {type(rule).__name__} cannot be here: {reason}")
@@ -288,6 +296,7 @@ class Handle:
             length,
             mask,
             prompt,
+            entering.device,
             Clock(),
             self._probe,
             frames=frames_of,
@@ -364,7 +373,8 @@ class Handle:
         packed, wanted = isinstance(call.rows, PackedRows), self._local.wanted
         if output is None or call.rows is None or not (packed or wanted):
             return None
-        states = call.rows.padded(output[0][0]) if packed else output[0]
+        rows = moved(call.rows, output[0].device)
+        states = rows.padded(output[0][0]) if packed else output[0]
         # The model around it takes the last ones of as many states as it has tokens, not of fewer.
         states = states[:, -wanted:]
         if isinstance(output, tuple):

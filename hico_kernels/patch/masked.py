@@ -42,7 +42,7 @@ def masked(
             new = dict(kwargs, attention_mask=_like(given, allowed[:, None], hidden, decoder))
             if renumber:
                 places = (allowed[:, -1].cumsum(1) - 1).clamp(min=0)
-                new["position_embeddings"] = decoder.rotary_emb(hidden, places)
+                new["position_embeddings"] = decoder.rotary_emb(hidden, places.to(hidden.device))
             return args, new
 
         return hook
@@ -85,7 +85,7 @@ def _alone(stock: Callable[..., Tensor], kept: Sequence[Tensor], length: int) ->
         out = torch.zeros_like(hidden_states)
         after = torch.arange(length, hidden_states.shape[1], device=hidden_states.device)
         for row, own in enumerate(kept):
-            at, one = torch.cat([own, after]), slice(row, row + 1)
+            at, one = torch.cat([own.to(after.device), after]), slice(row, row + 1)
             out[row, at] = stock(hidden_states[one, at], **kwargs)[0]
         return out
 
@@ -94,16 +94,17 @@ def _alone(stock: Callable[..., Tensor], kept: Sequence[Tensor], length: int) ->
 
 def _allowed(given: Tensor | None, hidden: Tensor, kept: Sequence[Tensor], length: int) -> Tensor:
     batch, total = hidden.shape[:2]
+    device = hidden.device if given is None else given.device
     if given is None:
-        allowed = torch.ones(total, total, dtype=torch.bool, device=hidden.device).tril()[None]
+        allowed = torch.ones(total, total, dtype=torch.bool, device=device).tril()[None]
     else:
         allowed = (given if given.dtype == torch.bool else given == 0)[:, 0]
-    stays = torch.zeros(batch, total, dtype=torch.bool, device=hidden.device)
+    stays = torch.zeros(batch, total, dtype=torch.bool, device=device)
     stays[:, length:] = True
     for row, positions in zip(stays, kept, strict=True):
-        row[positions] = True
+        row[positions.to(device)] = True
     allowed = allowed & stays[:, None]
-    itself = torch.eye(total, dtype=torch.bool, device=hidden.device)
+    itself = torch.eye(total, dtype=torch.bool, device=device)
     return allowed | (itself & ~allowed.any(-1, keepdim=True))  # a softmax over nothing is NaN
 
 
@@ -111,5 +112,5 @@ def _like(given: Tensor | None, allowed: Tensor, hidden: Tensor, decoder: nn.Mod
     additive = given is not None and given.is_floating_point()
     if not additive and decoder.config._attn_implementation != "eager":
         return allowed
-    zeros = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
+    zeros = torch.zeros(allowed.shape, dtype=hidden.dtype, device=allowed.device)
     return zeros.masked_fill(~allowed, torch.finfo(hidden.dtype).min)
