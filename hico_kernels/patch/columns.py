@@ -7,6 +7,7 @@ it, in step through beam search, rollbacks, copies and pickles. One of these tak
 stock layer with all its state: the cache object and its tensors stay the user's own.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 
@@ -106,13 +108,17 @@ class _Dropped:
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object):
         """As the stock layer; refuses tokens that the patched model did not announce."""
         if self.columns is not None:
-            if self.expected != key_states.shape[-2]:
-                raise RuntimeError(
-                    "past_key_values: tokens were dropped from this cache; only the patched model "
-                    "that filled it can go on with it"
-                )
-            self.expected = None
+            self._take(key_states.shape[-2])
         return super().update(key_states, value_states, *args, **kwargs)
+
+    def _take(self, count: int) -> None:
+        """Check that the patched model announced so many."""
+        if self.expected != count:
+            raise RuntimeError(
+                "past_key_values: tokens were dropped from this cache; only the patched model "
+                "that filled it can go on with it"
+            )
+        self.expected = None
 
     def get_seq_length(self) -> int:
         """Tokens of the sequence so far, as the caller counts them."""
@@ -219,6 +225,46 @@ class DroppedStaticLayer(_Dropped, StaticLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
 
+class DroppedStaticSlidingLayer(_Dropped, StaticSlidingWindowLayer):
+    """A sliding window of fixed capacity: the last kept tokens, filled from its start. As the stock
+    one it gives attention all that it has, or, once there are more, those and all new ones.
+    """
+
+    def stored(self) -> int:
+        """The filled part."""
+        seen = min(int(super().get_seq_length()), self.max_cache_len)
+        return seen if self.columns is None else len(self.columns)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object):
+        """As the stock layer, counting the tokens of the sequence."""
+        if self.columns is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self._take(key_states.shape[-2])
+        initialize(self, key_states)
+        total = len(self.columns)
+        held, stay = total - key_states.shape[-2], min(total, self.max_cache_len)
+        out = []
+        for own, new in ((self.keys, key_states), (self.values, value_states)):
+            if total == stay:
+                own[:, :, held:total] = new
+                out.append(own)
+            else:
+                out.append(torch.cat([own[:, :, :held], new], 2))
+                own.copy_(out[-1][:, :, -stay:])
+        self.columns = self.columns.last(stay)
+        # One count is an int: before 5.0 the only one, then beside a tensor that this needs not.
+        name = "cumulative_length"
+        setattr(self, f"{name}_int" if hasattr(self, f"{name}_int") else name, self.seen)
+        return tuple(out)
+
+
+def initialize(layer: StaticLayer, like: Tensor) -> None:
+    """Let a static layer make its tensors, for keys and values like [B, H, *, D]."""
+    if not layer.is_initialized:
+        wanted = inspect.signature(layer.lazy_initialization).parameters  # one before 5.0
+        layer.lazy_initialization(*[like] * len(wanted))
+
+
 # Layers without columns, of Qwen3.5 and Gemma 4: a state that runs over the tokens that are left;
 # nothing at all.
 _WITHOUT = {
@@ -230,24 +276,27 @@ _DROPPED = {
     DynamicLayer: DroppedLayer,
     DynamicSlidingWindowLayer: DroppedSlidingLayer,
     StaticLayer: DroppedStaticLayer,
+    StaticSlidingWindowLayer: DroppedStaticSlidingLayer,
 }
 
 
-def check_cache(cache: object) -> None:
-    """Raise for a cache whose layers cannot hold fewer tokens than the sequence has."""
+def check_cache(cache: object, packed: bool = False) -> None:
+    """Raise for a cache whose layers cannot hold fewer tokens than the sequence has; or, packed,
+    another number for every sequence.
+    """
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
     kinds = {type(layer) for layer in cache.layers} - _WITHOUT
     if cache.layer_class_to_replicate is not None:
         kinds.add(cache.layer_class_to_replicate)
-    ours = tuple(_DROPPED.values())
-    wrong = [kind.__name__ for kind in kinds if kind not in _DROPPED and not issubclass(kind, ours)]
+    fine = {k: v for k, v in _DROPPED.items() if not packed or k is not StaticSlidingWindowLayer}
+    ours = tuple(fine.values())
+    wrong = [kind.__name__ for kind in kinds if kind not in fine and not issubclass(kind, ours)]
     if wrong:
-        allowed = ", ".join(kind.__name__ for kind in _DROPPED)
+        allowed, how = ", ".join(kind.__name__ for kind in fine), "pack" if packed else "drop"
         raise TypeError(
-            f"past_key_values must be made of {allowed} to drop tokens, got "
-            f"{', '.join(sorted(wrong))} "
-            "(quantized and static sliding-window caches are not supported)"
+            f"past_key_values must be made of {allowed} to {how} tokens, got "
+            f"{', '.join(sorted(wrong))}"
         )
 
 

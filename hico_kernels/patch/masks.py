@@ -50,7 +50,8 @@ def layer_mask(
 
     mask: what the model gave the layer; queries: this call's columns [B, L]; keys: all columns the
     layer attends to [B, N], the queries last; start: position of this call's first token; length:
-    of the sequence; past: columns before the queries; capacity: of a static layer, else None.
+    of the sequence; past: columns before the queries; capacity: of a static layer, else None; a
+    window of it may give attention more columns than that.
     """
     if flash:
         if mask is None:
@@ -71,7 +72,7 @@ def layer_mask(
         itself[:, own, len(keys) - len(queries) + own] = True
         allowed = allowed | (itself & ~allowed.any(-1, keepdim=True))
     if capacity is not None:
-        allowed = torch.nn.functional.pad(allowed, (0, capacity - len(keys)))
+        allowed = torch.nn.functional.pad(allowed, (0, max(capacity - len(keys), 0)))
     allowed = allowed[:, None]
     if (mask is not None and mask.is_floating_point()) or eager:
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(

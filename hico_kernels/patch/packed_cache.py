@@ -1,6 +1,5 @@
 """KV-cache layers in which every sequence has a length of its own, filled from its start."""
 
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,7 @@ from hico_kernels.patch.columns import (
     DroppedLayer,
     DroppedSlidingLayer,
     DroppedStaticLayer,
+    initialize,
     layer_of,
 )
 from hico_kernels.patch.masks import real_tokens
@@ -250,10 +250,9 @@ class PackedStaticLayer(PackedLayer, DroppedStaticLayer):
                 f"past_key_values: a sequence needs {needed} columns, the static cache has "
                 f"{self.max_cache_len}"
             )
-        if not self.is_initialized:
-            empty = like.new_empty(len(self.lengths), like.shape[1], 0, like.shape[3])
-            wanted = inspect.signature(self.lazy_initialization).parameters  # one before 5.0
-            self.lazy_initialization(*[empty] * len(wanted))
+        initialize(self, like.new_empty(len(self.lengths), like.shape[1], 0, like.shape[3]))
+        if self.by_mask and self.positions is None:
+            self.positions = self.lengths.new_zeros(len(self.lengths), self.max_cache_len)
 
 
 _PACKED = {
