@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hico_kernels.patch.clock import Clock
 from hico_kernels.patch.columns import Columns, holds_fewer, layer_of
 from hico_kernels.patch.devices import device_of, moved
-from hico_kernels.patch.families import LINEAR, SLIDING, goes_by_mask, layer_kinds, reads_keys
+from hico_kernels.patch.families import LINEAR, SLIDING, Layer
 from hico_kernels.patch.masks import each_mask, layer_mask, real_tokens
 from hico_kernels.patch.packed import PackedRows, few_each, many_each, one_each
 from hico_kernels.patch.packed_cache import PackedLayer, has_packed, packed_layer
@@ -30,6 +30,7 @@ class Call:
 
     plan: DropPlan
     decoder: nn.Module
+    layers: list[Layer]
     batch: int
     length: int  # tokens given to the decoder
     mask: Tensor | None  # what the decoder was given: 2D, 4D or None
@@ -54,7 +55,6 @@ class Call:
     idle: bool = False  # the layers are to be left alone
     over: bool = False  # the decoder has returned
     _rules: dict[int, Rule] = field(init=False)
-    _kinds: list[str] = field(init=False)
     _at: torch.device = field(init=False)  # where the layers run that this call has come to
     _steps: dict[int, tuple[Rows | PackedRows | None, Tensor | None]] = field(default_factory=dict)
     _placed: tuple[Tensor, Tensor] | None = None  # renumbered tables of the layer before
@@ -65,7 +65,6 @@ class Call:
 
     def __post_init__(self) -> None:
         self._at = self.home
-        self._kinds = layer_kinds(self.decoder)
         self._rules = dict(self.plan.drops)  # torch.compile does not look into the plan's proxy
         if self.prompt is not None:
             self._count(self.prompt.num_visual)
@@ -86,10 +85,10 @@ class Call:
         left = {0: whole if self.merged is None else self.merged[1]}
         left.update((i, [counts[i] for counts in self.counts]) for i in self._rules)
         starts = sorted(left)
-        for i, end in zip(starts, [*starts[1:], len(self._kinds)], strict=True):
+        for i, end in zip(starts, [*starts[1:], len(self.layers)], strict=True):
             rows = [n + own for n, own in zip(self.prompt.num_text, left[i], strict=True)]
             width = self.length if left[i] == whole else max(rows)
-            if min(rows) < width and LINEAR in self._kinds[i:end]:
+            if min(rows) < width and any(x.kind == LINEAR for x in self.layers[i:end]):
                 return True
         return False
 
@@ -106,7 +105,7 @@ class Call:
         changed = self.drops or self.packing is not None or self.places is not None
         if changed or (cache is not None and any(map(holds_fewer, cache.layers))):
             return
-        if self.prompt is not None and any(map(reads_keys, self.decoder.layers)):
+        if self.prompt is not None and any(layer.reads_keys for layer in self.layers):
             return  # these may run for the last tokens only, which the report counts
         self.idle = True
         self.held = [[self.length] * self.batch] * len(self.decoder.layers)
@@ -139,10 +138,10 @@ class Call:
         new[name] = self._tables(new[name], hidden)
         hidden = self._left(index, layer, hidden, new[name], packed)
         args = self._beside(args, hidden)
-        kind = self._kinds[index]
+        kind = self.layers[index].kind
         if kind == LINEAR:
             return self._running(args, hidden, new)
-        if reads_keys(layer) and kind in self._told:
+        if self.layers[index].reads_keys and kind in self._told:
             return self._like(self._told[kind], name, args, hidden, new)
         if packed or isinstance(self.rows, PackedRows):
             return self._packed(index, cache, hidden, name, args, new)
@@ -227,7 +226,7 @@ class Call:
         self, index: int, cache: Any, hidden: Tensor, name: str, args: tuple, new: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """New arguments for a layer without padding."""
-        by_mask = goes_by_mask(self.decoder, index)
+        kind, _, by_mask = self.layers[index]
         store = packed_layer(
             cache, index, self.mask, self.length, self.batch, hidden.device, by_mask
         )
@@ -239,7 +238,7 @@ class Call:
         if self.rows is None:  # a new token for each sequence
             store.announce(1, past + 1)
             places = store.lengths[:, None]
-            told = self._one_each(store, given if self._kinds[index] == SLIDING else None)
+            told = self._one_each(store, given if kind == SLIDING else None)
         else:
             if store is not None:
                 store.announce(self.rows, past + self.length)
@@ -252,7 +251,7 @@ class Call:
             new[name] = self._placed = self._rotary(hidden, places)
         elif self.rows is not None:
             new[name] = self._taken(new[name])
-        self._told[self._kinds[index]] = told, new[name]
+        self._told[kind] = told, new[name]
         return _with(hidden, args, new)
 
     def _one_each(self, store: PackedLayer, mask: Tensor | None) -> dict[str, Any]:
@@ -310,11 +309,12 @@ class Call:
         """
         tables = None
         if index not in self._steps:
-            tables = self._flat_tables(embeddings)
             whole = self.length if self.rows is None else len(self.rows)
             self.last.append(hidden.shape[1] if hidden.shape[1] < whole else None)
             source, drops = None, index in self._rules and self.prompt is not None
             merges = index == 0 and self.merged is not None
+            if drops or merges:
+                tables = self._flat_tables(embeddings)
             if self.packing is not None and self.rows is None and (drops or merges or packed):
                 source = self._pack(hidden.device)
             if merges:
@@ -326,7 +326,7 @@ class Call:
             width = self.length if self.rows is None else len(self.rows)
             packed = isinstance(self.rows, PackedRows)
             seen = self.rows.counts if packed else [width] * self.batch
-            if packed and reads_keys(layer) and 0 < self.few <= min(seen):
+            if packed and self.layers[index].reads_keys and 0 < self.few <= min(seen):
                 seen, self.last[-1] = self.held[-1], self.few  # as in the layers with keys
                 self.rows, source = self.rows.last(self.few)
             self.held.append(seen)
@@ -480,24 +480,22 @@ class Call:
         store: Any,
         hidden: Tensor,
     ) -> Tensor | None:
-        attention = self.decoder.config._attn_implementation
-        capacity = getattr(store, "max_cache_len", None)
-        return self._remember(
-            "mask",
-            (mask, queries, keys),
-            lambda: layer_mask(
+        def make() -> Tensor | None:
+            attention = self.decoder.config._attn_implementation
+            return layer_mask(
                 mask,
                 queries,
                 keys,
                 start=past,
                 length=past + self.length,
                 past=len(keys) - len(queries),
-                capacity=capacity,
+                capacity=getattr(store, "max_cache_len", None),
                 flash="flash" in attention,
                 dtype=hidden.dtype,
                 eager=attention == "eager",
-            ),
-        )
+            )
+
+        return self._remember("mask", (mask, queries, keys), make)
 
     def _tables(self, tables: tuple[Tensor, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary tables of all tokens of the call: the model's own, or without merging's gaps."""

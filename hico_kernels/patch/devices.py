@@ -9,7 +9,9 @@ from torch import nn
 
 def device_of(module: nn.Module, given: torch.device) -> torch.device:
     """Where a module runs: with its weights; where these are offloaded, on the `given` device."""
-    weight = next(module.parameters(), None)
+    weight = next(iter(module._parameters.values()), None)  # quickly, of a norm
+    if weight is None:
+        weight = next(module.parameters(), None)
     return given if weight is None or weight.is_meta else weight.device
 
 

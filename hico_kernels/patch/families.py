@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import NamedTuple
 
 from torch import nn
 
@@ -197,9 +198,19 @@ def reads_keys(layer: nn.Module) -> bool:
     return getattr(getattr(layer, "self_attn", None), "is_kv_shared_layer", False)
 
 
-def goes_by_mask(decoder: nn.Module, layer: int) -> bool:
-    """Whether a token of that layer sees other tokens than all before it."""
-    return layer_kinds(decoder)[layer] == SLIDING or decoder.config.model_type in _AHEAD
+class Layer(NamedTuple):
+    """What stays the same of a decoder layer."""
+
+    kind: str
+    reads_keys: bool
+    by_mask: bool  # a token sees other tokens than all before it
+
+
+def describe(decoder: nn.Module) -> list[Layer]:
+    """Every layer of a decoder."""
+    ahead = decoder.config.model_type in _AHEAD
+    pairs = zip(layer_kinds(decoder), decoder.layers, strict=True)
+    return [Layer(kind, reads_keys(each), ahead or kind == SLIDING) for kind, each in pairs]
 
 
 def layer_kinds(decoder: nn.Module) -> list[str]:

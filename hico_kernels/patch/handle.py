@@ -19,6 +19,7 @@ from hico_kernels.patch.families import (
     PACKED,
     Parts,
     UnsupportedModel,
+    describe,
     has_own_plan,
     take_apart,
     why_not_attention,
@@ -97,6 +98,7 @@ class Handle:
         if self._swapped:
             parts.decoder.config._attn_implementation = PACKED
         self._probe = probe_config(parts.decoder.config)
+        self._layers = describe(parts.decoder)
         self._hooks = self._hook()
         self._undo = [
             with_deepstack(parts.decoder, lambda: self._call),
@@ -292,6 +294,7 @@ class Handle:
         call = Call(
             self.plan,
             self.parts.decoder,
+            self._layers,
             batch,
             length,
             mask,
@@ -370,8 +373,10 @@ class Handle:
             return None
         self._local.left = call.rows
         call.finish()
-        packed, wanted = isinstance(call.rows, PackedRows), self._local.wanted
-        if output is None or call.rows is None or not (packed or wanted):
+        if output is None or call.rows is None:  # None: the decoder raised
+            return None
+        packed, wanted = isinstance(call.rows, PackedRows), local.wanted
+        if not (packed or wanted):
             return None
         rows = moved(call.rows, output[0].device)
         states = rows.padded(output[0][0]) if packed else output[0]
