@@ -71,7 +71,10 @@ def parts(out: Path) -> dict[str, Part]:
     drawn = ("test_triton.py", "test_triton_merge.py", "test_triton_select.py")
     others = (*drawn, "test_triton_attention.py")
     others = tuple(f"tests/{file}" for file in others if (ROOT / "tests" / file).exists())
-    models = (*pytest, "tests/test_gpu_models.py")
+    models = [
+        (*pytest, "tests/test_gpu_models.py", "-k", which)
+        for which in ("float64", "float32", "not float64 and not float32")
+    ]
     plain = () if _here("pytest_benchmark") else ("-p", "hico_kernels.testing.plain_benchmark")
     bench = {"merge": 90, "select": 35, "attention": 40, "table": 60, "patch": ALONE, "tome": ALONE}
     return {
@@ -89,7 +92,7 @@ def parts(out: Path) -> dict[str, Part]:
             (
                 *((*pytest, *contracts, "-k", x) for name in ops.SCHEMAS for x in selections(name)),
                 (*pytest, *others),
-                *([models] if _here("transformers") else []),
+                *(models if _here("transformers") else []),
             ),
             ("pytest", "triton"),
         ),
