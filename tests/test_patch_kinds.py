@@ -283,7 +283,7 @@ def test_a_decode_loop_without_generate():
     assert (torch.stack(got, 1) - want).abs().max() < 1e-12
 
 
-def two_turns(plan, rows, visual, frames, lead=(0, 0), kinds="lfffl"):
+def two_turns(plan, rows, visual, frames, lead=(0, 0), kinds="lfffl", layout="padded"):
     """The last states of two turns, 8 tokens of text and 40 with visual ones behind `lead` tokens
     of padding; of all the rows at once, or of one without its padding.
     """
@@ -300,7 +300,7 @@ def two_turns(plan, rows, visual, frames, lead=(0, 0), kinds="lfffl"):
         second, real, places = (x[:, lead[0] :] for x in (second, real, places))
     mask = torch.cat([torch.ones(len(rows), 8, dtype=torch.bool), real], 1).long()
     positions = (mask.cumsum(1) - 1)[:, 8:].expand(3, -1, -1)
-    with torch.no_grad(), hico_kernels.compress(model, plan) as handle:
+    with torch.no_grad(), hico_kernels.compress(model, plan, layout) as handle:
         cache = decoder(inputs_embeds=first, use_cache=True).past_key_values
         handle.announce(places, [frames[row] for row in rows])
         return decoder(
@@ -330,6 +330,16 @@ def test_a_state_does_not_go_on_with_places_in_front(case):
     with pytest.raises(ValueError, match="past_key_values: a state of linear attention cannot go"):
         two_turns(plan, [0, 1], visual, (2, 2), *lead)
     assert two_turns(plan, [1], visual, (2, 2), *lead).isfinite().all()
+
+
+@qwen3_5
+@pytest.mark.parametrize("case", SHORTER.values(), ids=SHORTER)
+def test_packed_states_go_on_with_any_lengths(case):
+    plan, visual, *lead = case
+    both = two_turns(plan, [0, 1], visual, (2, 2), *lead, layout="packed")
+    for row in (0, 1):
+        alone = two_turns(plan, [row], visual, (2, 2), *lead)
+        assert (both[row] - alone[0]).abs().max() < 1e-12
 
 
 EVEN = {

@@ -1,4 +1,6 @@
-"""rows="packed" where attention is not just causal: windows, images that see ahead, shared keys."""
+"""rows="packed" where attention is not just causal: windows, images that see ahead, shared keys;
+and where there is a state instead.
+"""
 
 import copy
 
@@ -16,6 +18,9 @@ from hico_kernels.patch.packed_cache import PackedDynamicLayer, PackedSlidingLay
 
 NAMES = [name for name in ("gemma3", "gemma4", "gemma4-experts") if name in tiny.MODELS]
 UNEVEN = (0, 6, 2)
+STATES = [name for name in ("qwen3_5", "qwen3_5_moe") if name in tiny.MODELS]
+QUESTIONS = [(name, "from-config") for name in NAMES + STATES] + [(n, "lazily") for n in NAMES]
+every_kind = pytest.mark.parametrize("name", NAMES + STATES)
 every_model = pytest.mark.parametrize("name", NAMES)
 # Later releases run layers that read keys for the tokens that get logits.
 LAST_ONLY = "gemma4" in tiny.MODELS and hasattr(
@@ -54,17 +59,18 @@ def test_decoding_past_the_window_in_any_cache(name, plan, cache, monkeypatch):
     assert tiny.difference(got, want) < 1e-12
 
 
-@every_model
+@every_kind
 @every_plan
 def test_beam_search(name, plan):
+    if name in STATES and tiny.VERSION == (5, 18):
+        pytest.skip("beams of 5.18 differ with a cache and without, unpatched too")
     model, inputs = tiny.model(name), tiny.prompt(name, UNEVEN)
     got, handle = patched(model, plan, inputs, num_beams=3)
     assert tiny.difference(got, tiny.reference(model, handle, inputs, num_beams=3)) < 1e-12
 
 
-@every_model
+@pytest.mark.parametrize(("name", "cache"), QUESTIONS)
 @every_plan
-@pytest.mark.parametrize("cache", ["from-config", "lazily"])
 def test_a_second_question_on_the_same_cache(name, plan, cache):
     if (5, 0) <= tiny.VERSION < (5, 18) and name == "gemma3" and cache == "from-config":
         pytest.skip("stock makes masks of windows as long as those of other layers")
@@ -98,7 +104,7 @@ def test_sliding_windows_count_original_positions(first, window):
         assert tiny.difference(got, tiny.reference(model, handle, inputs, **more)) < 1e-12
 
 
-@every_model
+@every_kind
 @pytest.mark.parametrize("wanted", [0, 1, 4])
 def test_without_a_cache(name, wanted):
     """4: layers of Gemma 4 that read keys run for the last tokens of every sequence."""
@@ -170,16 +176,17 @@ def test_a_cache_is_copied_picked_from_and_emptied(name):
         assert torch.equal(again.logits, first.logits)
 
 
-@every_model
+@every_kind
 def test_selfcheck(name):
     found = hico_kernels.selfcheck(tiny.model(name), rows="packed")
     assert found["error"] < 1e-12 < found["effect"]
 
 
-@pytest.mark.skipif(tiny.VERSION < (5, 18), reason="the loss of Gemma 3 cannot follow a drop")
-@every_model
+@every_kind
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_labels(name, checkpointed):
+    if name == "gemma3" and tiny.VERSION < (5, 18):
+        pytest.skip("the loss of Gemma 3 cannot follow a drop")
     inputs = tiny.prompt(name, UNEVEN)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     found = []
@@ -197,3 +204,15 @@ def test_labels(name, checkpointed):
     for weight in grads:
         error = (got[weight] - grads[weight]).norm()
         assert error <= 1e-6 * grads[weight].norm() + 1e-12, weight
+
+
+@pytest.mark.skipif(not STATES, reason="no Qwen3.5 in this transformers")
+def test_states_apart_leave_with_the_patch():
+    """What stood in for the mixer's code before, as accelerate does, stands in again."""
+    model = tiny.fresh("qwen3_5")
+    mixers = [x.linear_attn for x in tiny.decoder(model).layers if hasattr(x, "linear_attn")]
+    own = mixers[0].forward = mixers[0].forward
+    with hico_kernels.compress(model, FROM_0, rows="packed"):
+        assert all("forward" in mixer.__dict__ for mixer in mixers)
+    assert mixers[0].__dict__["forward"] is own
+    assert "forward" not in mixers[1].__dict__

@@ -45,6 +45,7 @@ class Call:
     placed: Tensor | None = None  # [B] tokens of each sequence then, this call included
     packing: list[int] | None = None  # tokens of each sequence, padding left out; None: padded rows
     few: int = 0  # of packed sequences only the last so many run where keys are read; 0: all
+    at_once: bool = False  # packed in front of the first layer, not from the first drop on
     rows: Rows | PackedRows | None = None  # None until the first drop
     counts: list[dict[int, int]] = field(default_factory=list)  # per row: layer -> visual kept
     drops: bool = False  # whether this call drops anything at all
@@ -192,10 +193,13 @@ class Call:
         """New arguments for a layer whose state runs over the tokens: what is dropped is not there.
 
         Places without a token are zeroed by its 2D mask, as padding is. In front they leave a state
-        of zeros alone, and no other: `pads_states`.
+        of zeros alone, and no other: `pads_states`. Packed sequences have none: `linear.py`.
         """
         if self.rows is None:
             return None
+        if isinstance(self.rows, PackedRows):
+            new["attention_mask"] = self.rows
+            return _with(hidden, args, new)
         left = self._remember("queries", (0,), lambda: self._queries(0, hidden.device))
         new["attention_mask"] = None if left.full else left.valid
         return _with(hidden, args, new)
@@ -315,7 +319,8 @@ class Call:
             merges = index == 0 and self.merged is not None
             if drops or merges:
                 tables = self._flat_tables(embeddings)
-            if self.packing is not None and self.rows is None and (drops or merges or packed):
+            packs = drops or merges or packed or self.at_once
+            if self.packing is not None and self.rows is None and packs:
                 source = self._pack(hidden.device)
             if merges:
                 source = _through(source, self._keep_merged())

@@ -27,12 +27,6 @@ class Family:
     decoder: str = "language_model"
     visual: Mapping[str, str] = field(default_factory=lambda: _PIXELS)  # input -> its placeholder
     multi_axis: bool = False  # rotary positions of time, height and width
-    one_by_one: str | None = None  # why sequences cannot run one behind the other
-
-
-def _qwen3_5(text: str) -> Family:
-    reason = "linear attention of Qwen3.5 would run on from one sequence into the next"
-    return Family("Qwen3.5", (text,), multi_axis=True, one_by_one=reason)
 
 
 _LLAVA_TEXT = ("qwen2", "qwen3", "llama", "mistral")
@@ -53,8 +47,8 @@ FAMILIES = {
     ),
     "gemma3": Family("Gemma 3", ("gemma3_text",), visual=_IMAGES),
     "gemma4": Family("Gemma 4", ("gemma4_text",)),
-    "qwen3_5": _qwen3_5("qwen3_5_text"),
-    "qwen3_5_moe": _qwen3_5("qwen3_5_moe_text"),
+    "qwen3_5": Family("Qwen3.5", ("qwen3_5_text",), multi_axis=True),
+    "qwen3_5_moe": Family("Qwen3.5", ("qwen3_5_moe_text",), multi_axis=True),
 }
 _OFFICIAL = (
     "its own code drops tokens (config.llm_compress_type) and was written for transformers 4.39; "
@@ -145,7 +139,7 @@ def why_not_packed(parts: Parts) -> str | None:
     attention = parts.decoder.config._attn_implementation
     if attention != "sdpa" and "flash" not in attention and attention != PACKED:
         return f"attn_implementation must be sdpa or flash attention, got {attention!r}"
-    return parts.family.one_by_one
+    return None
 
 
 def why_not_renumber(parts: Parts) -> str | None:

@@ -16,11 +16,13 @@ from hico_kernels.patch.columns import check_cache
 from hico_kernels.patch.deepstack import with_deepstack
 from hico_kernels.patch.devices import moved
 from hico_kernels.patch.families import (
+    LINEAR,
     PACKED,
     Parts,
     UnsupportedModel,
     describe,
     has_own_plan,
+    layer_kinds,
     take_apart,
     why_not_attention,
     why_not_drop,
@@ -28,6 +30,7 @@ from hico_kernels.patch.families import (
     why_not_renumber,
 )
 from hico_kernels.patch.frames import frames
+from hico_kernels.patch.linear import with_states_apart
 from hico_kernels.patch.loss import why_not_labels, with_loss
 from hico_kernels.patch.masks import real_tokens
 from hico_kernels.patch.packed import PackedRows
@@ -104,6 +107,8 @@ class Handle:
             with_deepstack(parts.decoder, lambda: self._call),
             refuse_chunks(model, parts.family.visual, self._drops),
         ]
+        if rows == "packed":
+            self._undo.append(with_states_apart(parts.decoder))
         self._undo_loss: Callable[[], None] | None = None
         self._saved = getattr(model.config, "hico", None)
         self._set(plan)
@@ -313,14 +318,15 @@ class Handle:
     def _check_drops(self, call: Call, cache: Any) -> None:
         if call.drops:
             self._check_call(cache)
-            if call.pads_states and self._past(cache, call.length, None):
-                raise ValueError(
-                    "past_key_values: a state of linear attention cannot go on with padding in "
-                    "front, which a drop leaves where sequences keep different numbers of tokens; "
-                    "give one sequence at a time, without padding"
-                )
         if self.rows == "packed":
             self._pack(call, cache)
+        padded = call.drops and call.packing is None and call.pads_states
+        if padded and self._past(cache, call.length, None):
+            raise ValueError(
+                "past_key_values: a state of linear attention cannot go on with padding in "
+                "front, which a drop leaves where sequences keep different numbers of tokens; "
+                "give one sequence at a time, without padding, or patch with rows='packed'"
+            )
 
     @staticmethod
     def _past(cache: Any, length: int, mask: Tensor | None) -> int:
@@ -346,10 +352,12 @@ class Handle:
         went = cache is not None and any(has_packed(cache, i) for i in range(len(cache.layers)))
         if not ((went and call.length > 1) or (call.drops and call.batch > 1)):
             return
+        past = self._past(cache, call.length, None)
+        # A state that there is does not go on with padding in front.
+        call.at_once = past > 0 and LINEAR in layer_kinds(self.parts.decoder)
         if call.prompt is not None:
             call.packing = call.prompt.num_real
             return
-        past = self._past(cache, call.length, None)
         end = past + call.length
         call.real = real_tokens(call.mask, past, end, end)
         real = call.real
