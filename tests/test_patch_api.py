@@ -349,7 +349,7 @@ def test_an_unknown_model_is_refused_with_the_reason(reason):
 
 
 def test_linear_attention_with_a_cache_of_its_own_is_refused(monkeypatch):
-    reason = "this transformers has another cache for linear attention"
+    reason = "this transformers has another cache for linear attention, whose states begin anew"
     name = "LinearAttentionLayer"
     if hasattr(cache_utils, name):  # as in 5.4
         monkeypatch.delattr(cache_utils, name)

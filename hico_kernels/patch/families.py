@@ -112,7 +112,10 @@ def _why_not(family: Family, decoder: nn.Module) -> str | None:
             if not hasattr(layer, part):
                 return f"its layer {index} ({type(layer).__name__}) has no {part}"
     if LINEAR in kinds and not hasattr(_cache_utils(), "LinearAttentionLayer"):
-        return "this transformers has another cache for linear attention; 5.13 and newer are tested"
+        return (
+            "this transformers has another cache for linear attention, whose states begin anew "
+            "with every call of several tokens; 5.13 and newer are tested"
+        )
     if getattr(config, "use_bidirectional_attention", None) == "all":
         return "its attention is not causal (use_bidirectional_attention='all')"
     return why_not_attention(decoder)
