@@ -80,3 +80,12 @@ def test_products_run_on_the_matrix_units(compiled):
         if row["kernel"] in BELOW_WGMMA:
             products += row["small_matrix_products"]
         assert products > 0 or row["dots"] == 0, label(row)
+
+
+def test_attention_loads_no_head_value_by_value(compiled):
+    """Also those 72 wide, which are no multiple of 16 numbers (triton_tiles.step_of)."""
+    rows = [row for row in compiled["rows"] if row["operation"].startswith("ragged_")]
+    assert rows
+    for row in rows:
+        if row["dtype"] == "bfloat16":
+            assert row["loads_of_2_bytes"] == 0, label(row)

@@ -61,6 +61,9 @@ def test_every_width_of_a_head(width, dtype):
     plain = ragged_attention_backward_reference(grad, q, k, v, *saved, *rest)
     for name, *three in zip(("dq", "dk", "dv"), (dq, dk, dv), exact, plain, strict=True):
         assert_within_budget(*three, name)
+    cache = torch.stack([k[:75], v[:75]])  # two sequences, whose rows of the same kind differ
+    arguments = q[:2], cache, cache.flip(0), torch.tensor([75, 9]), width**-0.5
+    check(kernels.ragged_decode_attention, ragged_decode_attention_reference, arguments)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hico_kernels.attention.triton_tiles import LOG2E, load_columns, place_of, product
+from hico_kernels.attention.triton_tiles import (
+    LOG2E,
+    load_columns,
+    numbers_in,
+    place_of,
+    product,
+    step_of,
+    strides_in,
+)
 from hico_kernels.triton_tiles import architecture, bounds, dot, interpreted, sequence_at, slots
 
 # Registers a thread where two programs of 8 warps share a multiprocessor. Left alone, the ptxas of
@@ -25,11 +33,14 @@ def delta_kernel(
     grad_ptr, out_ptr, delta_ptr, rows,
     grad_row, grad_head, grad_column, out_row, out_head, out_column,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, M: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """delta[h, i] = grad[i, h] . out[i, h]: what the softmax takes off the gradient of a weight.
 
     The diagonal of a product, so that it is rounded like grad . v and equal values cancel.
     """
+    grad_row, grad_head = numbers_in(grad_row, STEP), numbers_in(grad_head, STEP)
+    out_row, out_head = numbers_in(out_row, STEP), numbers_in(out_head, STEP)
     i = tl.program_id(0) * M + tl.arange(0, M)
     wanted = i < rows
     h = tl.program_id(1)
@@ -73,9 +84,13 @@ def dq_kernel(
     grad_row, grad_head, grad_column, q_row, q_head, q_column, k_row, k_head, k_column,
     v_row, v_head, v_column, lse_head, lse_row, bias_step, cu_q_step, cu_k_step,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * sum over keys of weight * (grad . v - delta) * k, for M rows of a head."""
+    grad_row, grad_head = numbers_in(grad_row, STEP), numbers_in(grad_head, STEP)
+    q_row, q_head = numbers_in(q_row, STEP), numbers_in(q_head, STEP)
+    k_row, k_head = numbers_in(k_row, STEP), numbers_in(k_head, STEP)
+    v_row, v_head = numbers_in(v_row, STEP), numbers_in(v_head, STEP)
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
     g = h // (H // G)
@@ -136,11 +151,15 @@ def dkv_kernel(
     grad_row, grad_head, grad_column, q_row, q_head, q_column, k_row, k_head, k_column,
     v_row, v_head, v_column, lse_head, lse_row, bias_step, cu_q_step, cu_k_step,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """dv = sum of weight * grad, dk = scale * sum of weight * (grad . v - delta) * q, over the rows
     of all heads of a group, for N keys.
     """
+    grad_row, grad_head = numbers_in(grad_row, STEP), numbers_in(grad_head, STEP)
+    q_row, q_head = numbers_in(q_row, STEP), numbers_in(q_head, STEP)
+    k_row, k_head = numbers_in(k_row, STEP), numbers_in(k_head, STEP)
+    v_row, v_head = numbers_in(v_row, STEP), numbers_in(v_head, STEP)
     SHARE: tl.constexpr = H // G
     g = tl.program_id(1)
     b, k_start, keys, tile = sequence_at(
@@ -199,7 +218,7 @@ def dkv_kernel(
         tl.store(dv_ptr + at, dv, mask=written)
 
 
-def tiles_of(q: Tensor) -> dict[str, int]:
+def tiles_of(q: Tensor, step: int) -> dict[str, int]:
     """As in the forward pass, one size for all kernels."""
     width = max(triton.next_power_of_2(q.shape[2]), 16)
     part = width
@@ -207,7 +226,8 @@ def tiles_of(q: Tensor) -> dict[str, int]:
         m, n, warps, stages = (64, 64, 4, 1) if interpreted() else (16, 16, 16, 1)
         part = 16
     elif width <= 128:
-        m, n, warps, stages = 32, 64 if q.shape[2] % 16 == 0 else 32, 8, 2
+        odd = q.shape[2] % 16 > 0 and step == 1  # an address for every value
+        m, n, warps, stages = 32, 32 if odd else 64, 8, 2
     else:
         m, n, warps, stages = 32, 32, 8, 1
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
@@ -238,17 +258,18 @@ def ragged_attention_backward(
     if not (sequences and width):
         return dq, dk, dv
     delta = q.new_empty(heads, rows, dtype=torch.float32)
-    tiles = tiles_of(q)
+    step = step_of(q, k, v, grad, out)
+    tiles = tiles_of(q, step) | {"STEP": step}
     if rows:
         delta_kernel[(triton.cdiv(rows, 64), heads)](
-            grad, out, delta, rows, *grad.stride(), *out.stride(),
-            D=width, BLOCK_D=tiles["BLOCK_D"], PART=tiles["PART"], M=64, num_warps=4,
+            grad, out, delta, rows, *strides_in(step, grad, out),
+            D=width, BLOCK_D=tiles["BLOCK_D"], PART=tiles["PART"], M=64, STEP=step, num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip
     read = grad, q, k, v, key_bias, lse, delta
     rest = (
         cu_seqlens_q, cu_seqlens_k, sequences, rows, keys, scale * LOG2E, scale,
-        *grad.stride(), *q.stride(), *k.stride(), *v.stride(), *lse.stride(),
+        *strides_in(step, grad, q, k, v), *lse.stride(),
         0 if key_bias is None else key_bias.stride(0), cu_seqlens_q.stride(0),
         cu_seqlens_k.stride(0),
     )  # fmt: skip

@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hico_kernels.attention.triton_tiles import LOG2E, LOWEST, load_columns, place_of, product
+from hico_kernels.attention.triton_tiles import (
+    LOG2E,
+    LOWEST,
+    load_columns,
+    numbers_in,
+    place_of,
+    product,
+    step_of,
+    strides_in,
+)
 from hico_kernels.triton_tiles import dot, interpreted
 
 _PROGRAMS = 512  # about four for each multiprocessor of a large GPU
@@ -33,9 +42,15 @@ def part_kernel(
     q_batch, q_head, q_column, k_batch, k_row, k_head, k_column, v_batch, v_row, v_head, v_column,
     lengths_step,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """A share of the entries: top, sum of weights and their sum of values, for each head."""
+    """A share of the entries: top, sum of weights and their sum of values, for each head. Strides
+    count STEP numbers, those of columns one.
+    """
+    q_batch, q_head = numbers_in(q_batch, STEP), numbers_in(q_head, STEP)
+    k_batch, v_batch = numbers_in(k_batch, STEP), numbers_in(v_batch, STEP)
+    k_row, k_head = numbers_in(k_row, STEP), numbers_in(k_head, STEP)
+    v_row, v_head = numbers_in(v_row, STEP), numbers_in(v_head, STEP)
     SHARE: tl.constexpr = H // G
     b = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1)
@@ -102,13 +117,14 @@ def combine_kernel(
     tl.store(out_ptr + (b * H + h) * D + d, out, mask=d < D)
 
 
-def tiles_of(q: Tensor) -> dict[str, int]:
+def tiles_of(q: Tensor, step: int) -> dict[str, int]:
     """Entries N of a tile, width, and the part of it that is multiplied at once."""
     width = max(triton.next_power_of_2(q.shape[2]), 16)
     if q.dtype == torch.float32:  # no tensor cores: operands lie in registers
         part, n, warps, stages = min(width, 32), 64 if interpreted() else 16, 8, 1
     else:
-        part, n, stages = width, 64 if width > 128 or q.shape[2] % 16 else 128, 2
+        odd = q.shape[2] % 16 > 0 and step == 1  # an address for every value
+        part, n, stages = width, 64 if width > 128 or odd else 128, 2
         warps = 4 if width <= 64 else 8
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return {"BLOCK_D": width, "PART": part, "N": n, **options}
@@ -122,14 +138,15 @@ def ragged_decode_attention(
     out = q.new_empty(q.shape)
     if not out.numel():
         return out
-    tiles = tiles_of(q)
+    step = step_of(q, k_cache, v_cache)
+    tiles = tiles_of(q, step) | {"STEP": step}
     wanted = min(triton.cdiv(longest, tiles["N"]), _SPLITS, _PROGRAMS // (sequences * groups))
     splits = max(wanted, 1)
     parts = q.new_empty(sequences, splits, heads, width, dtype=torch.float32)
     tops, sums = q.new_empty(2, sequences, splits, heads, dtype=torch.float32)
     part_kernel[(sequences, groups, splits)](
         q, k_cache, v_cache, kv_lengths, parts, tops, sums, longest, splits, scale * LOG2E,
-        *q.stride(), *k_cache.stride(), *v_cache.stride(), kv_lengths.stride(0),
+        *strides_in(step, q, k_cache, v_cache), kv_lengths.stride(0),
         H=heads, G=groups, D=width, M=max(triton.next_power_of_2(heads // groups), 16), **tiles,
     )  # fmt: skip
     combine_kernel[(sequences, heads)](

@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hico_kernels.attention.triton_tiles import LOG2E, LOWEST, load_columns, place_of, product
+from hico_kernels.attention.triton_tiles import (
+    LOG2E,
+    LOWEST,
+    load_columns,
+    numbers_in,
+    place_of,
+    product,
+    step_of,
+    strides_in,
+)
 from hico_kernels.triton_tiles import architecture, bounds, dot, interpreted, sequence_at, slots
 
 _OLD = triton.__version__.startswith("3.6.")  # its ptxas is the one of CUDA 12.8
@@ -65,8 +74,9 @@ def forward_kernel(
     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """M query rows of a head of a sequence. Strides of rows and heads count STEP numbers."""
-    q_row, k_row, v_row = q_row * STEP, k_row * STEP, v_row * STEP
-    q_head, k_head, v_head = q_head * STEP, k_head * STEP, v_head * STEP
+    q_row, q_head = numbers_in(q_row, STEP), numbers_in(q_head, STEP)
+    k_row, k_head = numbers_in(k_row, STEP), numbers_in(k_head, STEP)
+    v_row, v_head = numbers_in(v_row, STEP), numbers_in(v_head, STEP)
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
     g = h // (H // G)
@@ -110,14 +120,6 @@ def forward_kernel(
         tl.store(lse_ptr + tl.cast(h, tl.int64) * rows + q_start + i, lse, mask=wanted)
 
 
-def step_of(*tensors: Tensor) -> int:
-    """8 where a head is no multiple of 16 numbers wide (SigLIP's have 72), which is all that Triton
-    looks at, but all rows and heads begin at multiples of 8: else it would load one by one.
-    """
-    strides = [stride for x in tensors for stride in x.stride()[:2]]
-    return 8 if tensors[0].shape[2] % 16 and all(n % 8 == 0 for n in strides) else 1
-
-
 def tiles_of(q: Tensor, step: int) -> dict[str, int]:
     """Rows M and keys N of a tile, width, and the part of it that is multiplied at once."""
     width = max(triton.next_power_of_2(q.shape[2]), 16)
@@ -134,6 +136,20 @@ def tiles_of(q: Tensor, step: int) -> dict[str, int]:
     part = 16 if q.dtype == torch.float32 else width
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return {"BLOCK_D": width, "PART": part, "M": m, "N": n, **options}
+
+
+def registers_of(tiles: dict[str, int], causal: bool, bias: bool) -> int | None:
+    """The most that a thread may have, where ptxas left alone stops at 128 (two programs share a
+    multiprocessor) with values spilled: 128 where it then finds a way without, else all there are.
+    """
+    width, generation = tiles["BLOCK_D"], architecture() // 10
+    if interpreted() or tiles["PART"] < width:
+        return None
+    if generation == 8 and width == 128:
+        return 255
+    if generation >= 10 and width <= 64 and not bias:
+        return (128 if _OLD else None) if causal else 255
+    return None
 
 
 def ragged_attention(
@@ -156,13 +172,12 @@ def ragged_attention(
     if not rows or not sequences:
         return out, lse
     step = step_of(q, k, v)
-    strides = [(x.stride(0) // step, x.stride(1) // step, x.stride(2)) for x in (q, k, v)]
     tiles = tiles_of(q, step) | {"STEP": step}
-    if _OLD and tiles["BLOCK_D"] <= 64 and key_bias is None and architecture() >= 100:
-        tiles["maxnreg"] = 128  # it stops there by itself, with a value spilled
+    if most := registers_of(tiles, causal, key_bias is not None):
+        tiles["maxnreg"] = most
     forward_kernel[(slots(rows, sequences, tiles["M"]), heads)](
         q, k, v, key_bias, out, lse, cu_seqlens_q, cu_seqlens_k,
-        sequences, rows, k.shape[0], scale * LOG2E, *strides[0], *strides[1], *strides[2],
+        sequences, rows, k.shape[0], scale * LOG2E, *strides_in(step, q, k, v),
         0 if key_bias is None else key_bias.stride(0), cu_seqlens_q.stride(0),
         cu_seqlens_k.stride(0),
         H=heads, G=k.shape[1], D=width, CAUSAL=causal, BIAS=key_bias is not None, **tiles,

@@ -2,11 +2,31 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hico_kernels.triton_tiles import dot
 
 LOG2E = 1.4426950408889634  # weights are powers of 2: logits, bias and lse are multiplied by it
 LOWEST = tl.constexpr(-1e38)  # where a maximum begins: of -infinity the differences would be NaN
+
+
+def step_of(*tensors: Tensor) -> int:
+    """8 where a head is no multiple of 16 numbers wide (SigLIP's have 72), which is all that Triton
+    looks at, but all rows and heads begin at multiples of 8: else it would load one by one.
+    """
+    strides = [stride for x in tensors for stride in x.stride()[:-1]]
+    return 8 if tensors[0].shape[-1] % 16 and all(n % 8 == 0 for n in strides) else 1
+
+
+def strides_in(step: int, *tensors: Tensor) -> list[int]:
+    """The strides of all tensors for a kernel, in steps but for the last of each."""
+    return [n for x in tensors for n in (*(m // step for m in x.stride()[:-1]), x.stride(-1))]
+
+
+@triton.jit
+def numbers_in(stride, STEP: tl.constexpr):
+    """A stride that was given in steps, so that Triton knows it to be a multiple of STEP."""
+    return tl.cast(stride, tl.int64) * STEP
 
 
 @triton.jit

@@ -36,6 +36,7 @@ DTYPES = {  # each kernel for sm_90 in all; elsewhere it differs in the instruct
     90: (torch.bfloat16, torch.float32),
     100: (torch.bfloat16,),
 }
+SMALL_LOAD = re.compile(r"ld\.global(?!\S*\.v[248]\.)\S*\.[bu]16\s")  # value by value
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -105,6 +106,7 @@ def _row(kernel: JITFunction, compiled, capability: int, operation: str, dtype) 
         "dots": len(dots) - len(exact),  # that are meant for the matrix units
         "matrix_products": compiled.asm["ptx"].count(TARGETS[capability]),
         "small_matrix_products": compiled.asm["ptx"].count(TARGETS[80]),
+        "loads_of_2_bytes": len(SMALL_LOAD.findall(compiled.asm["ptx"])),
         **_resources(compiled),
     }
 

@@ -110,6 +110,9 @@ def _ragged_attention(dtype: torch.dtype) -> Iterator[tuple]:
     bias = _empty(4096, dtype=torch.float32)
     q, k, v = _qkv(4096, 4096, 16, 64, dtype)
     yield (q, k, v, ends, ends, 3096, 3096), {"causal": False, "key_bias": bias}
+    for width in (64, 72):  # of a vision tower: as many key heads as heads
+        q = _empty(4096, 16, width, dtype=dtype)
+        yield (q, q, q, ends, ends, 3096, 3096), {"causal": False}
 
 
 def _ragged_attention_backward(dtype: torch.dtype) -> Iterator[tuple]:

@@ -114,6 +114,7 @@ def ragged_decode_attention(device: str, dtype: torch.dtype) -> Samples:
     yield call("tile_edges", (63, 64, 65, 128, 1), 128)
     yield call("full", (20, 20), 20)
     yield call("gqa7-d128", (70, 33), 80, heads=28, groups=4, width=128)
+    yield call("d24", (5, 9), 12, width=24)
     yield call("mqa-odd_width-int64", (5, 8), 8, heads=3, groups=1, width=7, cu=torch.int64)
     yield call("sharp", (40, 2), 40, scale=8.0)
     yield call("one_long", (2, 700, 3), 700, heads=2, groups=1)
