@@ -181,6 +181,14 @@ def layer_norm_metric(
     return x.new_empty(n, t, c), x.new_empty(n, t, c // num_heads, dtype=_wide_dtype(x))
 
 
+@_op("(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Grad and x [N, T, C], weight [C] -> gradients of x, weight and bias."""
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
 # --- selection
 
 
@@ -249,6 +257,17 @@ def gather_rms_norm(x: Tensor, index: Tensor, weight: Tensor, eps: float) -> tup
     """x [S, C], index [M], weight [C] -> rows [M, C], and the same normalised."""
     rows = x.new_empty(index.shape[0], x.shape[1])
     return rows, torch.empty_like(rows)
+
+
+@_op(
+    "(Tensor grad_rows, Tensor grad_normed, Tensor rows, Tensor weight, float eps)"
+    " -> (Tensor, Tensor)"
+)
+def rms_norm_backward(
+    grad_rows: Tensor, grad_normed: Tensor, rows: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and of their norm [M, C] -> of rows with both [M, C], of weight [C]."""
+    return rows.new_empty(rows.shape), weight.new_empty(weight.shape)
 
 
 # --- attention

@@ -37,6 +37,21 @@ def row_tile(columns: int) -> tuple[int, int, int]:
     return rows, padded, min(max(rows * padded // 1024, 4), 16)
 
 
+PROGRAMS = 1024  # of a launch that adds up rows: each adds its own, and what they have is added up
+
+
+def row_shares(rows: int, columns: int) -> tuple[int, int, int, int, int]:
+    """Programs that share out rows evenly, each holding whole ones -> programs, tiles of each, rows
+    and padded columns of a tile, warps: 16 numbers a thread up to 8192 columns. What is added up in
+    one chain stays short, as in torch: a program has few tiles, and a tile few rows.
+    """
+    padded = triton.next_power_of_2(columns)
+    count = min(max(2048 // padded, 1), 32)
+    tiles = triton.cdiv(rows, count)
+    share = max(triton.cdiv(tiles, PROGRAMS), 1)
+    return triton.cdiv(tiles, share), share, count, padded, min(max(count * padded // 512, 4), 16)
+
+
 @triton.jit
 def start_of(cu_ptr, place, rows, wanted=True):
     """A cumulative length, cut to [0, rows]: whatever it says, no other memory is touched."""

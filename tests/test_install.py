@@ -30,6 +30,7 @@ merge_similar(Tensor x, Tensor metric, SymInt r, Tensor? sizes, Tensor? other, S
 merge_backward(Tensor grad, Tensor assignment, Tensor merged_sizes, Tensor? sizes) -> Tensor
 layer_norm_metric(Tensor x, Tensor weight, Tensor bias, float eps, SymInt num_heads)
     -> (Tensor, Tensor)
+layer_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)
 text_guided_scores(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale)
     -> Tensor
 text_guided_scores_rotary(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
@@ -39,6 +40,8 @@ uniform_indices(SymInt num_tokens, SymInt keep, Device device) -> Tensor
 gather_tokens(Tensor x, Tensor index) -> Tensor
 gather_many(Tensor x, Tensor index, Tensor[] more, Tensor? cu_seqlens) -> Tensor[]
 gather_rms_norm(Tensor x, Tensor index, Tensor weight, float eps) -> (Tensor, Tensor)
+rms_norm_backward(Tensor grad_rows, Tensor grad_normed, Tensor rows, Tensor weight, float eps)
+    -> (Tensor, Tensor)
 gather_tokens_backward(Tensor grad, Tensor index, SymInt num_rows) -> Tensor
 ragged_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
     SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, Tensor? key_bias)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hico_kernels as hk
-from hico_kernels.testing import assert_same_bits
+from hico_kernels.testing import SPECS, Sample, assert_same_bits, promises
 from hico_kernels.testing.samples import Draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,6 +105,16 @@ def test_the_gradient_is_that_of_the_reference():
         tokens = hk.merge_tokens(x, 11, num_heads=2, impl=impl).tokens
         gradients += torch.autograd.grad(tokens.square().sum(), x)
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+def test_a_program_may_have_several_tiles_of_tokens_to_normalise(monkeypatch, programs):
+    from hico_kernels import triton_tiles
+
+    monkeypatch.setattr(triton_tiles, "PROGRAMS", programs)
+    d, spec = Draw(DEVICE, torch.float32), SPECS["layer_norm_backward"]
+    sample = Sample("", (*(d.normal(2, 65, 40) for _ in range(2)), d.normal(40), 1e-6))
+    promises.right_numbers(spec, sample, lambda sample: spec.run(sample, "triton"))
 
 
 def test_whole_sizes_are_added_exactly():

@@ -12,7 +12,8 @@ from hico_kernels.select.reference import (
     select_topk_reference,
     text_guided_scores_reference,
 )
-from hico_kernels.testing import assert_within_budget, cu_seqlens
+from hico_kernels.testing import SPECS, Sample, assert_within_budget, cu_seqlens, promises
+from hico_kernels.testing.samples import Draw
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
@@ -21,6 +22,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from hico_kernels import triton_tiles
 from hico_kernels.select import triton as kernels
 from hico_kernels.select import triton_scores, triton_topk
 from hico_kernels.triton_tiles import sequence_at, slots
@@ -50,6 +52,14 @@ def test_the_gradient_of_an_index_outside_goes_nowhere():
     assert torch.equal(out[4], grad[0] + grad[4])
     assert torch.equal(out[0], grad[3])
     assert not out[1:4].any()
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+def test_a_program_may_have_several_tiles_of_rows_to_normalise(monkeypatch, programs):
+    monkeypatch.setattr(triton_tiles, "PROGRAMS", programs)
+    spec, d = SPECS["rms_norm_backward"], Draw("cpu", torch.float32)
+    sample = Sample("", (*(d.normal(130, 40) for _ in range(3)), d.normal(40), 1e-6))
+    promises.right_numbers(spec, sample, lambda sample: spec.run(sample, "triton"))
 
 
 def test_rows_taken_often_and_far_apart_are_added_in_order():

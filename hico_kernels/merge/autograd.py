@@ -74,16 +74,14 @@ class MergeSimilar(torch.autograd.Function):
 
 
 class LayerNormMetric(torch.autograd.Function):
-    """layer_norm_metric, differentiable in x, weight and bias, in plain torch and float32; the
-    metric is a constant.
-    """
+    """layer_norm_metric, differentiable in x, weight and bias; the metric is a constant."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, num_heads: int, impl):  # noqa: D102
         y, metric = overload("layer_norm_metric", impl, x, weight, bias)(
             x, weight, bias, eps, num_heads
         )
-        ctx.eps = eps
+        ctx.eps, ctx.impl = eps, impl
         ctx.save_for_backward(x, weight)
         ctx.mark_non_differentiable(metric)
         return y, metric
@@ -92,18 +90,6 @@ class LayerNormMetric(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, _):  # noqa: D102
         x, weight = ctx.saved_tensors
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        unit, given = x.to(dtype), grad.to(dtype)
-        unit = unit - unit.mean(dim=-1, keepdim=True)
-        share = (unit.square().mean(dim=-1, keepdim=True) + ctx.eps).rsqrt()
-        unit = unit * share
-        wants = ctx.needs_input_grad
-        of_weight = (given * unit).sum(dim=(0, 1)).to(weight.dtype) if wants[1] else None
-        of_bias = given.sum(dim=(0, 1)).to(weight.dtype) if wants[2] else None
-        of_x = None
-        if wants[0]:
-            given = given * weight.to(dtype)
-            given = given - given.mean(dim=-1, keepdim=True)
-            of_x = share * (given - unit * (given * unit).mean(dim=-1, keepdim=True))
-            of_x = of_x.to(x.dtype)
+        run = backward_overload("layer_norm_backward", ctx.impl, grad, x, weight)
+        of_x, of_weight, of_bias = run(grad, x, weight, ctx.eps)
         return of_x, of_weight, of_bias, None, None, None

@@ -216,6 +216,23 @@ def layer_norm_metric_reference(
     return y, _head_mean(y, num_heads)
 
 
+@register_reference
+def layer_norm_backward_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the norm in `layer_norm_metric`; the metric is a constant."""
+    unit, given = _wide(x), _wide(grad)
+    unit = unit - unit.mean(dim=-1, keepdim=True)
+    share = (unit.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    unit = unit * share
+    of_weight = (given * unit).sum(dim=(0, 1)).to(weight.dtype)
+    of_bias = given.sum(dim=(0, 1)).to(weight.dtype)
+    given = given * _wide(weight)
+    given = given - given.mean(dim=-1, keepdim=True)
+    of_x = share * (given - unit * (given * unit).mean(dim=-1, keepdim=True))
+    return of_x.to(x.dtype).contiguous(), of_weight, of_bias
+
+
 def merge_tokens_round_by_round(
     x: Tensor, num_tokens: int, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:

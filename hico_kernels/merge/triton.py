@@ -10,10 +10,11 @@ from torch import Tensor
 
 from hico_kernels.merge import triton_match, triton_mean, triton_step
 from hico_kernels.merge.places import arranged
-from hico_kernels.merge.triton_norm import layer_norm_metric
+from hico_kernels.merge.triton_norm import layer_norm_backward, layer_norm_metric
 
 __all__ = [
     "bipartite_soft_matching",
+    "layer_norm_backward",
     "layer_norm_metric",
     "merge_apply",
     "merge_backward",

@@ -1,10 +1,14 @@
 """layer_norm_metric: a program has whole tokens in registers, as [tokens, heads, width], so that
-one load serves the norm over both and the mean over heads.
+one load serves the norm over both and the mean over heads. And layer_norm_backward, whose programs
+each add their share of tokens to gradients of weight and bias of their own; those are added up in
+order: no atomics.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor, float32
+
+from hico_kernels.triton_tiles import row_shares
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -56,3 +60,58 @@ def layer_norm_metric(
             num_warps=min(max(rows * block_h * block_w // 512, 4), 16), enable_fp_fusion=True,
         )  # fmt: skip
     return y, metric
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "share"])
+def layer_norm_backward_kernel(
+    grad_ptr, x_ptr, weight_ptr, own_ptr, part_ptr, rows, tokens, share, eps,
+    grad_n, grad_t, grad_c, x_n, x_t, x_c, weight_step,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`share` tiles of tokens: their gradients, and what they add to those of weight and bias."""
+    program = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, COLUMNS).to(tl.int64)
+    known = (c < C)[None, :]
+    weight = tl.load(weight_ptr + c * weight_step, mask=c < C, other=0).to(tl.float32)
+    of_weight = tl.zeros([COLUMNS], tl.float32)
+    of_bias = tl.zeros([COLUMNS], tl.float32)
+    for tile in range(0, share):
+        row = (program * share + tile) * ROWS + tl.arange(0, ROWS)
+        wanted = (row < rows)[:, None] & known
+        clip, token = (row // tokens)[:, None], (row % tokens)[:, None]
+        at = clip * x_n + token * x_t + c[None, :] * x_c
+        x = tl.load(x_ptr + at, mask=wanted, other=0).to(tl.float32)
+        at = clip * grad_n + token * grad_t + c[None, :] * grad_c
+        grad = tl.load(grad_ptr + at, mask=wanted, other=0).to(tl.float32)
+        centred = tl.where(known, x - (tl.sum(x, axis=1) / C)[:, None], 0)
+        variance = tl.sum(centred * centred, axis=1) / C
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+        unit = centred * inverse[:, None]
+        of_weight += tl.sum(grad * unit, axis=0)
+        of_bias += tl.sum(grad, axis=0)
+        grad *= weight[None, :]
+        grad = tl.where(known, grad - (tl.sum(grad, axis=1) / C)[:, None], 0)
+        along = tl.sum(grad * unit, axis=1) / C
+        own = inverse[:, None] * (grad - unit * along[:, None])
+        tl.store(own_ptr + row[:, None] * C + c[None, :], own, mask=wanted)
+    tl.store(part_ptr + 2 * program * C + c, of_weight, mask=c < C)
+    tl.store(part_ptr + (2 * program + 1) * C + c, of_bias, mask=c < C)
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Grad and x [N, T, C], weight [C] -> gradients of x, weight and bias."""
+    n, t, c = x.shape
+    own = x.new_empty(x.shape)
+    if not x.numel():
+        return own, weight.new_zeros(c), weight.new_zeros(c)
+    programs, share, count, columns, warps = row_shares(n * t, c)
+    parts = x.new_empty(programs, 2, c, dtype=float32)
+    layer_norm_backward_kernel[(programs,)](
+        grad, x, weight, own, parts, n * t, t, share, eps,
+        *grad.stride(), *x.stride(), *weight.stride(),
+        C=c, ROWS=count, COLUMNS=columns, num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    of_weight, of_bias = parts.sum(dim=0).to(weight.dtype)
+    return own, of_weight.clone(), of_bias.clone()

@@ -59,8 +59,8 @@ class GatherMany(torch.autograd.Function):
 
 
 class GatherRmsNorm(torch.autograd.Function):
-    """gather_rms_norm, differentiable in x and weight. Its gradient is plain torch in float32, and
-    the gradient of a gather.
+    """gather_rms_norm, differentiable in x and weight: by the gradient of the norm, and by that of
+    a gather.
     """
 
     @staticmethod
@@ -75,17 +75,11 @@ class GatherRmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_rows: Tensor, grad_normed: Tensor):  # noqa: D102
         rows, index, weight = ctx.saved_tensors
-        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        wide, given = rows.to(dtype), grad_normed.to(dtype)
-        share = (wide.square().mean(dim=-1, keepdim=True) + ctx.eps).rsqrt()
-        unit = wide * share
-        grad = grad_weight = None
-        if ctx.needs_input_grad[2]:
-            grad_weight = (given * unit.to(rows.dtype)).sum(dim=0).to(weight.dtype)
+        given = grad_rows, grad_normed, rows, weight
+        run = backward_overload("rms_norm_backward", ctx.impl, *given)
+        own, grad_weight = run(*given, ctx.eps)
+        grad = None
         if ctx.needs_input_grad[0]:
-            given = given * weight.to(dtype)
-            own = share * (given - unit * (given * unit).mean(dim=-1, keepdim=True))
-            own = (own + grad_rows.to(dtype)).to(rows.dtype)
             run = backward_overload("gather_tokens_backward", ctx.impl, own, index)
             grad = run(own, index, ctx.num_rows)
         return grad, None, grad_weight, None, None

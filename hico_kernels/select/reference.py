@@ -115,6 +115,24 @@ def gather_rms_norm_reference(
 
 
 @register_reference
+def rms_norm_backward_reference(
+    grad_rows: Tensor, grad_normed: Tensor, rows: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the norm in `gather_rms_norm`, and of what comes to its rows directly. That of
+    the weight takes rows at length 1 as the norm rounded them.
+    """
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    wide, given = rows.to(dtype), grad_normed.to(dtype)
+    share = (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    unit = wide * share
+    of_weight = (given * unit.to(rows.dtype)).sum(dim=0).to(weight.dtype)
+    given = given * weight.to(dtype)
+    own = share * (given - unit * (given * unit).mean(dim=-1, keepdim=True))
+    own = (own + grad_rows.to(dtype)).to(rows.dtype)
+    return own.contiguous(), of_weight
+
+
+@register_reference
 def gather_tokens_backward_reference(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
     """Gradient of `gather_tokens`: a row that was taken twice gets both gradients."""
     wide = grad if grad.dtype == torch.float64 else grad.float()

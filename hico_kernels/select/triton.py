@@ -6,7 +6,7 @@ from hico_kernels.select.triton_gather import (
     gather_tokens_backward,
     uniform_indices,
 )
-from hico_kernels.select.triton_norm import gather_rms_norm
+from hico_kernels.select.triton_norm import gather_rms_norm, rms_norm_backward
 from hico_kernels.select.triton_scores import text_guided_scores, text_guided_scores_rotary
 from hico_kernels.select.triton_topk import select_topk
 
@@ -15,6 +15,7 @@ __all__ = [
     "gather_rms_norm",
     "gather_tokens",
     "gather_tokens_backward",
+    "rms_norm_backward",
     "select_topk",
     "text_guided_scores",
     "text_guided_scores_rotary",

@@ -53,6 +53,11 @@ def _layer_norm_metric(dtype: torch.dtype) -> Iterator[tuple]:
         yield (_empty(16, s.tokens, s.channels, dtype=dtype), w, w, 1e-6, s.heads), {}
 
 
+def _layer_norm_backward(dtype: torch.dtype) -> Iterator[tuple]:
+    for args, _ in _layer_norm_metric(dtype):
+        yield (args[0], *args[:2], 1e-6), {}
+
+
 def _text_guided_scores(dtype: torch.dtype) -> Iterator[tuple]:
     for rows, keys in ((1, 16000), (16, 16000), (100, 4096)):
         q, k = _empty(rows, 28, 128, dtype=dtype), _empty(keys, 4, 128, dtype=dtype)
@@ -91,6 +96,12 @@ def _gather_rms_norm(dtype: torch.dtype) -> Iterator[tuple]:
     for width in (1536, 3584, 8192):
         x, index = _empty(16000, width, dtype=dtype), _empty(8000, dtype=torch.int64)
         yield (x, index, _empty(width, dtype=dtype), 1e-6), {}
+
+
+def _rms_norm_backward(dtype: torch.dtype) -> Iterator[tuple]:
+    for width in (1536, 3584, 8192):
+        rows = _empty(8000, width, dtype=dtype)
+        yield (rows, rows, rows, _empty(width, dtype=dtype), 1e-6), {}
 
 
 def _gather_tokens_backward(dtype: torch.dtype) -> Iterator[tuple]:

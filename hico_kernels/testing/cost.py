@@ -101,6 +101,14 @@ def layer_norm_metric(x: Tensor, weight: Tensor, bias: Tensor, eps: float, num_h
     return Cost(_size(x, x, weight, bias) + metric, 8 * x.numel())
 
 
+@_cost_of("layer_norm_backward")
+def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, _) -> Cost:
+    """The gradient and tokens in, the gradient of tokens out, those of weight and bias; the norm
+    again, and ten operations a number.
+    """
+    return Cost(_size(grad, x, x, weight, weight, weight), 15 * x.numel())
+
+
 @_cost_of("text_guided_scores")
 def text_guided_scores(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, _) -> Cost:
     """Keys in once, scores out; one product per row, head and key."""
@@ -150,6 +158,14 @@ def gather_rms_norm(x: Tensor, index: Tensor, weight: Tensor, _) -> Cost:
     """The taken rows in and out, and out once more; four operations a number."""
     out = len(index) * x.shape[1]
     return Cost(gather_tokens(x, index).bytes + out * x.element_size() + _size(weight), 4 * out)
+
+
+@_cost_of("rms_norm_backward")
+def rms_norm_backward(
+    grad_rows: Tensor, grad_normed: Tensor, rows: Tensor, weight: Tensor, _
+) -> Cost:
+    """Both gradients and rows in, one gradient out, that of the weight; ten operations a number."""
+    return Cost(_size(grad_rows, grad_normed, rows, rows, weight, weight), 10 * rows.numel())
 
 
 @_cost_of("gather_tokens_backward")

@@ -95,6 +95,58 @@ def gather_rms_norm(device: str, dtype: torch.dtype) -> Samples:
     yield from _strided(x, index, weight, 1e-6)
 
 
+def rms_norm_backward(device: str, dtype: torch.dtype) -> Samples:
+    """Grad_rows, grad_normed and rows [M, C], weight [C], eps."""
+    d = Draw(device, dtype, seed=14)
+
+    def call(name: str, rows: int, width: int, eps: float = 1e-6) -> Sample:
+        three = (d.normal(rows, width) for _ in range(3))
+        return Sample(name, (*three, 1 + d.normal(width) / 4, eps))
+
+    yield call("usual", 17, 24)
+    yield call("many_rows", 700, 5)  # more than one for each program of Triton's
+    yield call("odd_width", 9, 7, 1e-5)
+    yield call("wide", 5, 4099)
+    yield call("one_channel", 9, 1)
+    yield call("large", 3000, 128)
+    _, (a, b, rows, weight, eps), _ = call("", 42, 24)
+    sizes = torch.tensor([1e-2, 1.0, 1e3], device=device).to(dtype).repeat(14)[:, None]
+    yield Sample("small_and_large", (a, b, rows * sizes, weight, eps))
+    yield Sample("zeros", (a, b, 0 * rows, weight, 1e-2))
+    yield Sample("nothing_directly", (0 * a, b, rows, weight, eps))
+    yield call("no_rows", 0, 24)
+    yield call("no_channels", 9, 0)
+    yield from _strided(a, b, rows, weight, eps)
+    for name, args, kwargs in _strided(rows, weight, eps):
+        yield Sample(f"rows-{name}", (a, b, *args), kwargs)
+
+
+def layer_norm_backward(device: str, dtype: torch.dtype) -> Samples:
+    """Grad and x [N, T, C], weight [C], eps."""
+    d = Draw(device, dtype, seed=15)
+
+    def call(name: str, clips: int, tokens: int, width: int, eps: float = 1e-6) -> Sample:
+        both = (d.normal(clips, tokens, width) for _ in range(2))
+        return Sample(name, (*both, 1 + d.normal(width) / 4, eps))
+
+    yield call("usual", 2, 9, 24)
+    yield call("many_rows", 7, 100, 5)
+    yield call("odd_width", 2, 5, 7, 1e-5)
+    yield call("siglip", 1, 3, 1152)
+    yield call("internvideo2", 1, 3, 1408)
+    yield call("large", 4, 300, 256)
+    _, (grad, x, weight, eps), _ = call("", 2, 9, 24)
+    yield Sample("far_from_zero", (grad, x + 30, weight, eps))
+    yield Sample("equal_channels", (grad, x[..., :1].expand(-1, -1, 24), weight, 1e-2))
+    yield call("one_channel", 2, 5, 1, 1e-2)
+    yield call("no_clips", 0, 9, 24)
+    yield call("no_tokens", 2, 0, 24)
+    yield call("no_channels", 2, 9, 0)
+    yield from _strided(grad, x, weight, eps)
+    for name, args, kwargs in _strided(x, weight, eps):
+        yield Sample(f"x-{name}", (grad, *args), kwargs)
+
+
 def layer_norm_metric(device: str, dtype: torch.dtype) -> Samples:
     """x [N, T, C], weight [C], bias [C], eps, num_heads."""
     d = Draw(device, dtype, seed=12)

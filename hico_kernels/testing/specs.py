@@ -115,6 +115,16 @@ def _gather_tokens_backward(grad, index, num_rows, *, impl="auto"):
     return dispatch.overload("gather_tokens_backward", impl, grad, index)(grad, index, num_rows)
 
 
+def _rms_norm_backward(grad_rows, grad_normed, rows, weight, eps, *, impl="auto"):
+    run = dispatch.overload("rms_norm_backward", impl, grad_rows, grad_normed, rows, weight)
+    return run(grad_rows, grad_normed, rows, weight, eps)
+
+
+def _layer_norm_backward(grad, x, weight, eps, *, impl="auto"):
+    run = dispatch.overload("layer_norm_backward", impl, grad, x, weight)
+    return run(grad, x, weight, eps)
+
+
 def _gather_many(x, index, more, cu_seqlens=None, *, impl="auto"):
     return hk.gather_tokens(x, index, *more, cu_seqlens=cu_seqlens, impl=impl)
 
@@ -151,6 +161,7 @@ SPECS = {
             _f.layer_norm_metric,
             ("x", "weight", "bias"),
         ),
+        OpSpec("layer_norm_backward", _layer_norm_backward, _f.layer_norm_backward),
         OpSpec("text_guided_scores", hk.text_guided_scores, _s.text_guided_scores),
         OpSpec(
             "text_guided_scores_rotary", _text_guided_scores_rotary, _f.text_guided_scores_rotary
@@ -160,6 +171,7 @@ SPECS = {
         OpSpec("gather_tokens", hk.gather_tokens, _s.gather_tokens, ("x",)),
         OpSpec("gather_many", _gather_many, _f.gather_many, ("x", "more")),
         OpSpec("gather_rms_norm", hk.gather_rms_norm, _f.gather_rms_norm, ("x", "weight")),
+        OpSpec("rms_norm_backward", _rms_norm_backward, _f.rms_norm_backward),
         OpSpec("gather_tokens_backward", _gather_tokens_backward, _s.gather_tokens_backward),
         OpSpec("ragged_attention", hk.ragged_attention, _a.ragged_attention, ("q", "k", "v")),
         OpSpec(

@@ -132,6 +132,26 @@ on_changed(
 on_changed("merge_backward", "divides_by_the_neighbour", lambda g, to, n, s: (g, to, n.roll(1), s))
 
 
+@wrong("layer_norm_backward", "mean_kept", mean=0)
+@wrong("layer_norm_backward", "radius_kept", along=0)
+@wrong("layer_norm_backward", "x_not_centred", centred=False)
+@wrong("layer_norm_backward", "weight_left_out", weighted=False)
+@wrong("layer_norm_backward", "bias_gets_that_of_the_weight", swapped=True)
+def normalise_backward(grad, x, weight, eps, **slip):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    unit, given = x.to(dtype), grad.to(dtype)
+    unit = unit - unit.mean(-1, keepdim=True) if slip.get("centred", True) else unit
+    share = (unit.square().mean(-1, keepdim=True) + eps).rsqrt()
+    unit = unit * share
+    of_weight, of_bias = (given * unit).sum((0, 1)), given.sum((0, 1))
+    of_bias = of_weight.clone() if slip.get("swapped") else of_bias
+    given = given * weight.to(dtype) if slip.get("weighted", True) else given
+    given = given - slip.get("mean", 1) * given.mean(-1, keepdim=True)
+    along = slip.get("along", 1) * (given * unit).mean(-1, keepdim=True)
+    own = share * (given - unit * along)
+    return own.to(x.dtype), of_weight.to(weight.dtype), of_bias.to(weight.dtype)
+
+
 # --- step of a ViT block --------------------------------------------------------------------------
 
 

@@ -177,6 +177,25 @@ def normalise(x, index, weight, eps, **slip):
     return rows, unit.to(x.dtype) * weight
 
 
+@wrong("rms_norm_backward", "radius_kept", along=0)
+@wrong("rms_norm_backward", "padded_mean", padded=True)
+@wrong("rms_norm_backward", "rows_not_added", direct=0)
+@wrong("rms_norm_backward", "weight_left_out", weighted=False)
+@wrong("rms_norm_backward", "weight_gets_rows", of_rows=True)
+def normalise_backward(grad_rows, grad, rows, weight, eps, **slip):
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    wide, grad = rows.to(dtype), grad.to(dtype)
+    share = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    unit = wide * share
+    of_weight = (grad * (wide if slip.get("of_rows") else unit.to(rows.dtype))).sum(0)
+    grad = grad * weight.to(dtype) if slip.get("weighted", True) else grad
+    along = (grad * unit).mean(-1, keepdim=True) * slip.get("along", 1)
+    if slip.get("padded"):
+        along = along * rows.shape[1] / (1 << (rows.shape[1] - 1).bit_length())
+    own = share * (grad - unit * along) + slip.get("direct", 1) * grad_rows.to(dtype)
+    return own.to(rows.dtype), of_weight.to(weight.dtype)
+
+
 @wrong("gather_tokens_backward", "last_gradient_wins", add=False)
 @wrong("gather_tokens_backward", "adds_in_the_dtype_of_grad", add=True)
 def scatter(grad, index, num_rows, add):
