@@ -134,3 +134,33 @@ def test_layer_norm_metric(measure, device, threads, benchmark, clips, dtype, im
     cost = SPECS["layer_norm_metric"].cost(Sample("", arguments))
     # It computes in float32 whatever the dtype.
     measure(lambda: run(*arguments), dtype=torch.float32, bytes_=cost.bytes, flops=cost.flops)
+
+
+@pytest.mark.parametrize("impl", ["hico", "layer_norm_gradient"])
+@DTYPES
+@pytest.mark.parametrize("clips", [N, 250] if torch.cuda.is_available() else [N])
+def test_layer_norm_backward(measure, device, threads, benchmark, clips, dtype, impl):
+    """The gradient of the norm alone."""
+    s, spec = CLIPS["umt224_clip"], SPECS["layer_norm_backward"]
+    benchmark.group = f"layer_norm_backward-umt224_clip_x{clips}-{short(dtype)}"
+    if benchmark.disabled:  # that it runs takes no many clips
+        clips = 1
+    shape = 2, clips, s.tokens, s.channels
+    grad, x = torch.randn(shape, device=device, dtype=dtype).unbind()
+    weight, bias = torch.randn(2, s.channels, device=device, dtype=dtype).unbind()
+    sample = Sample("", (grad, x, weight, 1e-6))
+
+    def prepared(kind):
+        inputs = [t.to(kind).clone().requires_grad_() for t in (x, weight, bias)]
+        made = torch.nn.functional.layer_norm(inputs[0], weight.shape, *inputs[1:], 1e-6)
+        return lambda: alternatives.gradient(made, inputs, grad.to(kind))
+
+    ours, theirs = lambda: spec.run(sample, "auto"), prepared(dtype)
+    # In bfloat16 torch on the CPU sums those of weight and bias with errors of percents.
+    for own, other in zip(ours(), prepared(torch.float32)(), strict=True):
+        tolerance = CLOSE[dtype]["atol"] * max(other.abs().max().item(), 1)
+        close = CLOSE[dtype] | {"atol": tolerance}
+        torch.testing.assert_close(own, other, check_dtype=False, **close)
+    cost = spec.cost(sample)
+    run = ours if impl == "hico" else theirs
+    measure(run, dtype=torch.float32, bytes_=cost.bytes, flops=cost.flops)

@@ -167,3 +167,28 @@ def test_gather_rms_norm(measure, device, threads, benchmark, video, impl):
     cost = SPECS["gather_rms_norm"].cost(Sample("", arguments))
     # The norm is in float32 whatever the dtype.
     measure(lambda: run[impl](*arguments), dtype=torch.float32, bytes_=cost.bytes, flops=cost.flops)
+
+
+@pytest.mark.parametrize("impl", ["hico", "rms_norm_gradient"])
+@pytest.mark.parametrize("video", [LARGE if torch.cuda.is_available() else "qwen2_256frames"])
+def test_rms_norm_backward(measure, device, threads, benchmark, video, impl):
+    """The gradient of the norm alone, after half of the rows stayed."""
+    s, spec = LLMS[video], SPECS["rms_norm_backward"]
+    benchmark.group = f"rms_norm_backward-{video}_half-bf16"
+    shape = 3, s.visual // 2, s.channels
+    direct, grad, rows = torch.randn(shape, device=device, dtype=torch.bfloat16).unbind()
+    weight = torch.randn(s.channels, device=device, dtype=torch.bfloat16)
+    sample = Sample("", (direct, grad, rows, weight, 1e-6))
+    inputs = [x.clone().requires_grad_() for x in (rows, weight)]
+    made = torch.nn.functional.rms_norm(inputs[0], weight.shape, inputs[1], 1e-6)
+
+    def theirs():
+        own, of_weight = alternatives.gradient(made, inputs, grad)
+        return own + direct, of_weight
+
+    ours = lambda: spec.run(sample, "auto")  # noqa: E731
+    for x, y in zip(ours(), theirs(), strict=True):
+        torch.testing.assert_close(x, y, atol=0.02 * y.abs().max().item(), rtol=2e-2)
+    cost = spec.cost(sample)
+    run = ours if impl == "hico" else theirs
+    measure(run, dtype=torch.float32, bytes_=cost.bytes, flops=cost.flops)
