@@ -55,6 +55,8 @@ def emptied(mode, module):
 
 @pytest.fixture
 def mode():
+    if tiny.VERSION < (5, 18):
+        pytest.skip("this transformers asks masks for values, and such a device for autocast")
     return FakeTensorMode()
 
 
