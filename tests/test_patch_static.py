@@ -3,44 +3,53 @@
 import patch_models as tiny
 import pytest
 import torch
-from patch_runs import FROM_0, FROM_1, KINDS, every_plan, forward, patched, second_turn
+from patch_runs import FROM_0, FROM_1, KINDS, every_plan, forward, second_turn
 from transformers import StaticCache
 
 import hico_kernels
 from hico_kernels import DropPlan, TextTopK, Uniform
 from hico_kernels.patch.columns import DroppedStaticSlidingLayer
 from hico_kernels.patch.masked import masked
+from hico_kernels.patch.packed_cache import PackedStaticSlidingLayer
 
 # Unpatched models fail or differ with a static cache: Gemma 3 in 5.13, Gemma 4's images until 5.18.
 UNSOUND = {"gemma3"} if (5, 13) <= tiny.VERSION < (5, 18) else set()
 UNSOUND |= {"gemma4-experts"} if tiny.VERSION <= (5, 18) else set()
 NAMES = {"gemma3", "gemma4", "gemma4-experts"} & set(tiny.MODELS) - UNSOUND
+LAYOUTS = {
+    "one": ("padded", (0,)),
+    "padded": ("padded", (0, 6, 2)),
+    "packed": ("packed", (0, 6, 2)),
+}
 every_model = pytest.mark.parametrize("name", sorted(NAMES))
 
 
 @every_model
 @every_plan
-@pytest.mark.parametrize("padding", [(0,), (0, 6, 2)], ids=["one", "padded"])
+@pytest.mark.parametrize(("rows", "padding"), LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("more", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-def test_generation_past_the_window(name, plan, padding, more):
+def test_generation_past_the_window(name, plan, rows, padding, more):
     """Windows of 20: full from the prompt on where little is dropped, and later where much is."""
     model, inputs = tiny.model(name), tiny.prompt(name, padding)
     given = {"max_new_tokens": 12, **more}
-    got, handle = patched(model, plan, inputs, cache_implementation="static", **given)
+    with hico_kernels.compress(model, plan, rows) as handle:
+        got = tiny.generate(model, inputs, cache_implementation="static", **given)
     want = tiny.reference(model, handle, inputs, **given)
     assert tiny.difference(got, want) < 1e-12
 
 
 @every_model
-def test_the_tensors_stay_the_users_own(name):
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_the_tensors_stay_the_users_own(name, rows):
     model, inputs = tiny.model(name), tiny.prompt(name, (0, 6, 2))
     cache = StaticCache(config=model.config, max_cache_len=64)
-    with hico_kernels.compress(model, FROM_0) as handle:
+    with hico_kernels.compress(model, FROM_0, rows) as handle:
         first = tiny.generate(model, inputs, past_key_values=cache)
         layer = cache.layers[0]
         assert isinstance(layer, DroppedStaticSlidingLayer)
+        assert isinstance(layer, PackedStaticSlidingLayer) == (rows == "packed")
         keys = layer.keys
-        assert keys.shape[2] == len(layer.columns) == 20
+        assert keys.shape[2] == 20
         cache.reset()
         again = tiny.generate(model, inputs, past_key_values=cache)
     assert cache.layers[0].keys is keys
@@ -50,10 +59,11 @@ def test_the_tensors_stay_the_users_own(name):
 
 @every_model
 @every_plan
-def test_a_second_question_on_the_same_cache(name, plan):
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_a_second_question_on_the_same_cache(name, plan, rows):
     model, inputs = tiny.model(name), tiny.prompt(name, (0, 6, 2))
     question = torch.randint(3, 80, (3, 5), generator=torch.Generator().manual_seed(9))
-    with hico_kernels.compress(model, plan) as handle:
+    with hico_kernels.compress(model, plan, rows) as handle:
         cache = StaticCache(config=model.config, max_cache_len=64)
         first = tiny.generate(model, inputs, past_key_values=cache)
         more = second_turn(model, inputs, first, question)
@@ -68,19 +78,22 @@ def test_a_second_question_on_the_same_cache(name, plan):
     assert tiny.difference(got, want) < 1e-12
 
 
+@pytest.mark.parametrize("rows", ["padded", "packed"])
 @pytest.mark.parametrize("window", [6, 19, 40])
-def test_any_window(window):
+def test_any_window(window, rows):
     """Also one longer than the prompt, and one that every layer fills at once."""
     model = tiny.fresh(
         "qwen2_vl", use_sliding_window=True, sliding_window=window, layer_types=KINDS
     )
     inputs, plan = tiny.prompt("qwen2_vl", (0, 4, 2)), DropPlan({1: Uniform(0.5), 2: TextTopK(3)})
-    got, handle = patched(model, plan, inputs, cache_implementation="static")
+    with hico_kernels.compress(model, plan, rows) as handle:
+        got = tiny.generate(model, inputs, cache_implementation="static")
     assert tiny.difference(got, tiny.reference(model, handle, inputs)) < 1e-12
 
 
 @pytest.mark.skipif("gemma4" not in tiny.MODELS, reason="no Gemma 4 in this transformers")
-def test_a_window_that_text_has_filled_takes_a_video():
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_a_window_that_text_has_filled_takes_a_video(rows):
     """The layer is taken over with what the stock one holds; masks reach as far back as that.
     (Where images see ahead, stock models themselves differ from those without a cache here.)
     """
@@ -91,7 +104,7 @@ def test_a_window_that_text_has_filled_takes_a_video():
     whole["attention_mask"] = torch.cat([ones, inputs["attention_mask"]], 1)
     whole["mm_token_type_ids"] = torch.cat([0 * ones, inputs["mm_token_type_ids"]], 1)
     cache = StaticCache(config=model.config, max_cache_len=96)
-    with hico_kernels.compress(model, FROM_1) as handle:
+    with hico_kernels.compress(model, FROM_1, rows) as handle:
         forward(model, input_ids=before, attention_mask=ones, past_key_values=cache)
         rest = {**inputs, "attention_mask": whole["attention_mask"]}
         got = forward(model, **rest, past_key_values=cache, logits_to_keep=1).logits
@@ -102,14 +115,3 @@ def test_a_window_that_text_has_filled_takes_a_video():
     with masked(tiny.decoder(model), kept, whole["input_ids"].shape[1]):
         want = forward(model, **whole, use_cache=False, logits_to_keep=1).logits
     assert (got - want).abs().max() < 1e-12
-
-
-@every_model
-def test_packed_rows_need_another_cache(name):
-    model, inputs = tiny.model(name), tiny.prompt(name, (0, 6, 2))
-    cache = StaticCache(config=model.config, max_cache_len=64)
-    with (
-        hico_kernels.compress(model, FROM_0, rows="packed"),
-        pytest.raises(TypeError, match="to pack tokens, got StaticSlidingWindowLayer"),
-    ):
-        forward(model, **inputs, past_key_values=cache)

@@ -252,10 +252,14 @@ class DroppedStaticSlidingLayer(_Dropped, StaticSlidingWindowLayer):
                 out.append(torch.cat([own[:, :, :held], new], 2))
                 own.copy_(out[-1][:, :, -stay:])
         self.columns = self.columns.last(stay)
+        self._count()
+        return tuple(out)
+
+    def _count(self) -> None:
+        """Count the tokens of the sequence where the stock layer does."""
         # One count is an int: before 5.0 the only one, then beside a tensor that this needs not.
         name = "cumulative_length"
         setattr(self, f"{name}_int" if hasattr(self, f"{name}_int") else name, self.seen)
-        return tuple(out)
 
 
 def initialize(layer: StaticLayer, like: Tensor) -> None:
@@ -280,22 +284,19 @@ _DROPPED = {
 }
 
 
-def check_cache(cache: object, packed: bool = False) -> None:
-    """Raise for a cache whose layers cannot hold fewer tokens than the sequence has; or, packed,
-    another number for every sequence.
-    """
+def check_cache(cache: object) -> None:
+    """Raise for a cache whose layers cannot hold fewer tokens than the sequence has."""
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
     kinds = {type(layer) for layer in cache.layers} - _WITHOUT
     if cache.layer_class_to_replicate is not None:
         kinds.add(cache.layer_class_to_replicate)
-    fine = {k: v for k, v in _DROPPED.items() if not packed or k is not StaticSlidingWindowLayer}
-    ours = tuple(fine.values())
-    wrong = [kind.__name__ for kind in kinds if kind not in fine and not issubclass(kind, ours)]
+    ours = tuple(_DROPPED.values())
+    wrong = [kind.__name__ for kind in kinds if kind not in _DROPPED and not issubclass(kind, ours)]
     if wrong:
-        allowed, how = ", ".join(kind.__name__ for kind in fine), "pack" if packed else "drop"
+        allowed = ", ".join(kind.__name__ for kind in _DROPPED)
         raise TypeError(
-            f"past_key_values must be made of {allowed} to {how} tokens, got "
+            f"past_key_values must be made of {allowed} to drop tokens, got "
             f"{', '.join(sorted(wrong))}"
         )
 

@@ -345,7 +345,7 @@ class Handle:
         if getattr(self._local, "labels", None) is not None:
             self._follow_labels()
         if cache is not None:
-            check_cache(cache, packed=self.rows == "packed")
+            check_cache(cache)
 
     def _pack(self, call: Call, cache: Any) -> None:
         """Let the call run without padding, where it drops or goes on with one that did."""

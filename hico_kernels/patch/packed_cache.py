@@ -11,6 +11,7 @@ from hico_kernels.patch.columns import (
     DroppedLayer,
     DroppedSlidingLayer,
     DroppedStaticLayer,
+    DroppedStaticSlidingLayer,
     initialize,
     layer_of,
 )
@@ -187,47 +188,39 @@ class PackedDynamicLayer(_Growing, DroppedLayer):
     """One that grows, and keeps everything."""
 
 
-class PackedSlidingLayer(_Growing, DroppedSlidingLayer):
-    """One with a window of positions. Of each sequence it holds the last window - 1 tokens, and up
-    to `_ROOM` more: they are let go together, not at every step.
-    """
+class _Window(PackedLayer):
+    """One with a window of positions."""
 
-    lost: bool = False  # whether any were let go
+    lost: bool = False  # whether tokens were let go
 
     def start(self, batch: int, device: torch.device) -> None:
         """Be an empty packed layer."""
         super().start(batch, device)
         self.lost = False
 
-    def announce(self, coming: PackedRows | int, seen: int) -> None:
-        """Say what the next `update` brings, and how long the sequences are then."""
-        super().announce(coming, seen)
-        if self.longest and self.longest == self.keys.shape[2]:
-            self._let_go()
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object):
         """As above, counting the tokens of the sequence."""
         many = isinstance(self.coming, PackedRows)
         out = super().update(key_states, value_states, *args, **kwargs)
         if self.lengths is not None:
-            self.cumulative_length = self.seen
+            self._count()
         if many:
             self._let_go()
         return out
 
-    def _let_go(self) -> None:
-        stay = self.sliding_window - 1
-        if self.longest <= stay:
-            return
+    def _last(self, stay: int, room: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the last `stay` tokens of each sequence, with as much room as asked
+        for; only they count from now on.
+        """
+        pad = torch.nn.functional.pad
         first = (self.lengths - stay).clamp(min=0)[:, None]
         columns = first + torch.arange(stay, device=first.device)
         each = torch.arange(len(columns), device=first.device)[:, None]
-        for name in ("keys", "values"):
-            left = getattr(self, name)[each, :, columns].transpose(1, 2)
-            setattr(self, name, torch.nn.functional.pad(left, (0, 0, 0, _ROOM)))
-        self.positions = torch.nn.functional.pad(self.positions[each, columns], (0, _ROOM))
+        self.positions = pad(self.positions[each, columns], (0, room - stay))
         self.counts = None if self.counts is None else [min(n, stay) for n in self.counts]
         self.lengths, self.longest, self.lost = self.lengths.clamp(max=stay), stay, True
+        left = (x[each, :, columns].transpose(1, 2) for x in (self.keys, self.values))
+        return tuple(pad(x, (0, 0, 0, room - stay)) for x in left)
 
     def crop(self, tokens: int) -> None:
         """Remove the last tokens of every sequence, where none before them were let go."""
@@ -238,7 +231,61 @@ class PackedSlidingLayer(_Growing, DroppedSlidingLayer):
             )
         super().crop(tokens)
         if self.lengths is not None:
-            self.cumulative_length = self.seen
+            self._count()
+
+
+class PackedSlidingLayer(_Window, _Growing, DroppedSlidingLayer):
+    """Of each sequence it holds the last window - 1 tokens, and up to `_ROOM` more: they are let go
+    together, not at every step.
+    """
+
+    def announce(self, coming: PackedRows | int, seen: int) -> None:
+        """Say what the next `update` brings, and how long the sequences are then."""
+        super().announce(coming, seen)
+        if self.longest and self.longest == self.keys.shape[2]:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        stay = self.sliding_window - 1
+        if self.longest > stay:
+            self.keys, self.values = self._last(stay, stay + _ROOM)
+
+    def _count(self) -> None:
+        self.cumulative_length = self.seen
+
+
+class PackedStaticSlidingLayer(_Window, DroppedStaticSlidingLayer):
+    """The last window of each sequence, in the tensors that it has. Prompts that are longer pass
+    through larger ones.
+    """
+
+    own: tuple[Tensor, Tensor] | None = None  # while there are larger ones
+
+    def announce(self, coming: PackedRows | int, seen: int) -> None:
+        """Say what the next `update` brings, and how long the sequences are then."""
+        super().announce(coming, seen)
+        if coming == 1 and self.longest == self.max_cache_len:
+            self._keep(self.max_cache_len - 1)
+
+    def _let_go(self) -> None:
+        if self.own is not None:
+            self._keep(self.max_cache_len)
+
+    def _keep(self, stay: int) -> None:
+        own, self.own = self.own or (self.keys, self.values), None
+        for mine, left in zip(own, self._last(stay, self.max_cache_len), strict=True):
+            mine.copy_(left)
+        self.keys, self.values = own
+
+    def _grow(self, like: Tensor, needed: int) -> None:
+        initialize(self, like.new_empty(len(self.lengths), like.shape[1], 0, like.shape[3]))
+        if self.positions is None:
+            self.positions = self.lengths.new_zeros(len(self.lengths), self.max_cache_len)
+        more = needed - self.keys.shape[2]
+        if more > 0:
+            pad, self.own = torch.nn.functional.pad, (self.keys, self.values)
+            self.keys, self.values = (pad(x, (0, 0, 0, more)) for x in self.own)
+            self.positions = pad(self.positions, (0, more))
 
 
 class PackedStaticLayer(PackedLayer, DroppedStaticLayer):
@@ -259,6 +306,7 @@ _PACKED = {
     DroppedLayer: PackedDynamicLayer,
     DroppedSlidingLayer: PackedSlidingLayer,
     DroppedStaticLayer: PackedStaticLayer,
+    DroppedStaticSlidingLayer: PackedStaticSlidingLayer,
 }
 
 
