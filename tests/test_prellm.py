@@ -198,6 +198,19 @@ def test_embeddings_with_token_types_are_as_good_as_ids():
             model(**embeds)
 
 
+@torch.no_grad()
+def test_frames_that_nothing_tells_are_refused():
+    model, inputs = tiny.model("qwen2_vl"), tiny.prompt("qwen2_vl", (0, 3))
+    seen = stock(model, inputs)
+    with hico_kernels.compress(model, PreLLM(3, 2)) as handle:
+        handle.announce(inputs["input_ids"] == tiny.VIDEO)
+        with pytest.raises(ValueError, match=r"or the frames of announce\(\)"):
+            tiny.decoder(model)(inputs_embeds=seen["inputs_embeds"])
+        inputs["video_grid_thw"] = inputs["video_grid_thw"].repeat(2, 1)
+        with pytest.raises(ValueError, match="video_grid_thw: PreLLM needs the grids of the vid"):
+            model(**inputs)
+
+
 def test_videos_one_behind_the_other_are_told_apart():
     places = torch.zeros(60, dtype=torch.bool)
     places[3 : 3 + 2 * 13] = True  # two of LLaVA-OneVision: 3 frames of 4 tokens and a newline each

@@ -15,6 +15,7 @@ from hico_kernels.patch.masks import each_mask, layer_mask, real_tokens
 from hico_kernels.patch.packed import PackedRows, few_each, many_each, one_each
 from hico_kernels.patch.packed_cache import PackedLayer, has_packed, packed_layer
 from hico_kernels.patch.plan import DropPlan, Rule, Uniform
+from hico_kernels.patch.prellm import Clips
 from hico_kernels.patch.rows import Prompt, Rows, best, evenly
 from hico_kernels.patch.scores import text_scores
 from hico_kernels.select import gather_tokens
@@ -40,7 +41,9 @@ class Call:
     probe: Any  # the config of attention that only looks, `scores.probe_config`
     real: Tensor | None = None  # [B, q] bool, False is padding; None: no padding, or not asked
     frames: list[int] | None = None  # of each sequence, for plans that count by them
-    merged: tuple[Tensor, list[int]] | None = None  # what merging left, see `merge`
+    clips: list[Clips] | None = None  # what merges in front of the layers; None: not looked for
+    left: list[int] | None = None  # visual tokens of each sequence that merging leaves
+    merged: Tensor | None = None  # which rows these are, of the flattened [B * q]
     places: Tensor | None = None  # [B, q] rotary positions, where merging closed gaps in them
     placed: Tensor | None = None  # [B] tokens of each sequence then, this call included
     packing: list[int] | None = None  # tokens of each sequence, padding left out; None: padded rows
@@ -83,7 +86,7 @@ class Call:
         padding, until the first drop takes it away; from then on, those of the shorter sequences.
         """
         whole = self.prompt.num_visual
-        left = {0: whole if self.merged is None else self.merged[1]}
+        left = {0: whole if self.left is None else self.left}
         left.update((i, [counts[i] for counts in self.counts]) for i in self._rules)
         starts = sorted(left)
         for i, end in zip(starts, [*starts[1:], len(self.layers)], strict=True):
@@ -93,13 +96,16 @@ class Call:
                 return True
         return False
 
-    def merge(self, rows: Tensor, left: list[int]) -> None:
-        """In front of the first layer only those visual tokens stay that are in `rows` of the
-        flattened [B * q], left[b] of each sequence; the plan counts from them.
+    def merge(self, clips: list[Clips], fewer: list[int]) -> None:
+        """Say which clips merge, and how many visual tokens of each sequence that takes away; the
+        plan counts from those that are left. Only then is `merged` to be set.
         """
-        self.merged = rows, left
-        self._count(left)
-        self.drops = True
+        self.clips = clips
+        if clips:
+            visual = self.prompt.num_visual
+            self.left = [n - less for n, less in zip(visual, fewer, strict=True)]
+            self._count(self.left)
+            self.drops = True
 
     def rest(self, cache: Any) -> None:
         """Leave the layers alone where nothing is dropped, now or before."""
@@ -377,7 +383,7 @@ class Call:
     def _keep_merged(self) -> Tensor:
         """Leave out the places that merging emptied; the flat row of each that stays."""
         rows = self.rows if self.rows is not None else Rows.whole(self.prompt)
-        chosen, left = self.merged
+        chosen, left = self.merged, self.left
         if isinstance(rows, PackedRows):
             chosen = torch.searchsorted(rows.slots, chosen)
         self.rows, source = rows.after(self.prompt, chosen, left)

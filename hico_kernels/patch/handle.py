@@ -38,7 +38,7 @@ from hico_kernels.patch.packed_cache import has_packed
 from hico_kernels.patch.places import places
 from hico_kernels.patch.plan import DropPlan, Uniform
 from hico_kernels.patch.prellm import PreLLM, check_merging
-from hico_kernels.patch.premerge import merge_clips, place, placed_so_far, video_places
+from hico_kernels.patch.premerge import find_clips, merge_clips, place, placed_so_far
 from hico_kernels.patch.report import Report
 from hico_kernels.patch.rows import Prompt
 from hico_kernels.patch.scores import probe_config
@@ -237,28 +237,25 @@ class Handle:
         visual = places(self.parts, given)
         by_frame = visual is not None and self.plan.per_frame
         frames_of = frames(self.parts, given, visual) if by_frame else None
-        self._local.call = self._begin(given, visual, frames_of)
-        if self.plan.pre_llm is not None:
-            self._local.videos = video_places(self.parts, given)
+        self._local.call = call = self._begin(given, visual, frames_of)
+        if self.plan.pre_llm is not None and call.prompt is not None:
+            self._find_clips(call, given)
 
     def _after_inner(self, module: nn.Module, args: tuple, output: Any) -> None:
         local = self._local
-        local.call = local.labels = local.answers = local.videos = None
+        local.call = local.labels = local.answers = None
 
     def _before_decoder(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        local, given, announced = self._local, _named(module, args, kwargs), None
+        local, given = self._local, _named(module, args, kwargs)
         if getattr(local, "call", None) is None:  # not called by the model around it
             announced, local.announced = getattr(local, "announced", None), None
             local.call = self._begin(given, *announced or (None, None))
+            if self.plan.pre_llm is not None and local.call.prompt is not None:
+                self._find_clips(local.call, given, told=False)
         call, cache = local.call, given.get("past_key_values")
-        new = None
-        if self.plan.pre_llm is not None and call.prompt is not None:
-            videos = getattr(local, "videos", None)
-            by_frame = None if announced is None else call.frames
-            new = merge_clips(call, self.parts, self.plan.pre_llm, videos, by_frame, given)
-            self._check_drops(call, cache)
+        new = merge_clips(call, given)
         start = placed_so_far(cache)
         if (call.merged is not None or start is not None) and not self.parts.family.multi_axis:
             past = self._past(cache, call.length, call.mask)
@@ -314,6 +311,15 @@ class Handle:
         if prompt is not None:
             self._last = call
         return call
+
+    def _find_clips(self, call: Call, given: dict[str, Any], told: bool = True) -> None:
+        """Outside of the decoder where the model around it was called and so told which tokens are
+        of videos: inside, torch.compile could not wait for the device.
+        """
+        visual, frames = call.prompt.visual, None if told else call.frames
+        found = find_clips(self.parts, self.plan.pre_llm, visual, given if told else {}, frames)
+        call.merge(*found)
+        self._check_drops(call, given.get("past_key_values"))
 
     def _check_drops(self, call: Call, cache: Any) -> None:
         if call.drops:

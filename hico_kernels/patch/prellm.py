@@ -69,7 +69,10 @@ def _runs(places: Tensor) -> list[Tensor]:
 def _grids(places: Tensor, positions: Tensor | None, tokens: int) -> list[Tensor]:
     """Every time step starts anew in height and width."""
     if positions is None:
-        raise ValueError("position_ids: PreLLM needs rotary positions of time, height and width")
+        raise ValueError(
+            "video_grid_thw: PreLLM needs the grids of the videos that are in this call, or "
+            "position_ids of time, height and width"
+        )
     videos = []
     for run in _runs(places):
         inside = positions[:, run]

@@ -19,49 +19,47 @@ from hico_kernels.patch.masks import real_tokens
 from hico_kernels.patch.prellm import Clips, PreLLM, clips, layout_of
 
 
-def video_places(parts: Parts, given: Mapping[str, Any]) -> Tensor | None:
-    """Which tokens of a call are of videos, [B, q] bool; given: the arguments of the model."""
-    ids, kinds = given.get("input_ids"), given.get("mm_token_type_ids")
-    if ids is not None:
-        return ids == getattr(parts.inner.config, layout_of(parts).token)
-    return None if kinds is None else kinds == 2
-
-
-def merge_clips(
-    call: Call,
+def find_clips(
     parts: Parts,
     plan: PreLLM,
-    videos: Tensor | None,
-    frames: Sequence[int] | None,
+    visual: Tensor,
     given: Mapping[str, Any],
-) -> dict[str, Any] | None:
-    """Merge the clips of a call with visual tokens; the decoder's new arguments, or None where
-    nothing is to merge.
+    frames: Sequence[int] | None = None,
+) -> tuple[list[Clips], list[int]]:
+    """What merges in a call, and how many tokens each sequence has fewer.
 
-    videos [B, q] bool, or the frames of each sequence where all its visual tokens are one video;
+    visual [B, q] bool; given: the arguments of the model, which tell videos, or of its decoder,
+    where frames has those of each sequence and all its visual tokens are one video.
+    """
+    layout, places, inside = layout_of(parts), visual, None
+    if frames is None:
+        ids, kinds = given.get("input_ids"), given.get("mm_token_type_ids")
+        if ids is None and kinds is None:
+            raise ValueError(
+                "inputs_embeds: PreLLM needs mm_token_type_ids, which tell videos, or the frames "
+                "of announce()"
+            )
+        token = getattr(parts.inner.config, layout.token)
+        videos = kinds == 2 if ids is None else ids == token
+        places = visual & videos.to(visual.device)
+        inside = given.get("position_ids") if parts.family.multi_axis else None
+    places, inside = _on_the_host(places, inside)
+    if inside is None and given.get("video_grid_thw") is not None:
+        inside = _in_grids(places, given["video_grid_thw"], parts)
+    return clips(layout, parts.inner.config, plan, places, inside, frames)
+
+
+def merge_clips(call: Call, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Merge the clips of a call; the decoder's new arguments, or None where nothing is to merge.
+
     given: what the decoder was given.
     """
-    visual, layout = call.prompt.visual, layout_of(parts)
-    if frames is None and videos is None:
-        raise ValueError(
-            "inputs_embeds: PreLLM needs mm_token_type_ids, which tell videos, or the frames of "
-            "announce()"
-        )
-    places = visual if videos is None else visual & videos.to(visual.device)
-    found, fewer = clips(
-        layout,
-        parts.inner.config,
-        plan,
-        *_on_the_host(places, given.get("position_ids"), parts.family.multi_axis),
-        frames,
-    )
-    if not found:
+    if not call.clips:
         return None
-    left = [n - less for n, less in zip(call.prompt.num_visual, fewer, strict=True)]
-    more = given.get("deepstack_visual_embeds") or []
+    visual, more = call.prompt.visual, given.get("deepstack_visual_embeds") or []
     with call.clock.time("merging", visual.device):
-        embeds, stay, more = merged(given["inputs_embeds"], more, visual, found)
-        call.merge(torch.nonzero_static(stay.flatten(), size=sum(left))[:, 0], left)
+        embeds, stay, more = merged(given["inputs_embeds"], more, visual, call.clips)
+        call.merged = torch.nonzero_static(stay.flatten(), size=sum(call.left))[:, 0]
     new = {**given, "inputs_embeds": embeds}
     return {**new, "deepstack_visual_embeds": more} if more else new
 
@@ -89,7 +87,7 @@ def place(call: Call, start: Tensor | None, past: int, positions: Tensor | None)
     if call.merged is not None:
         visual = call.prompt.visual
         stay = torch.zeros_like(visual).flatten()
-        stay[call.merged[0]] = True
+        stay[call.merged] = True
         valid = (valid & ~visual) | stay.view_as(visual)
     if start is None and past == 0:
         start = torch.zeros(call.batch, dtype=torch.int64, device=device)
@@ -131,12 +129,26 @@ def merged(
     return flat.view_as(embeds), stay.view_as(visual), [each[rows] for each in spread]
 
 
-def _on_the_host(
-    places: Tensor, positions: Tensor | None, multi_axis: bool
-) -> tuple[Tensor, Tensor | None]:
+def _on_the_host(places: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """One wait for the device: clips have the sizes that these tell."""
-    if not multi_axis or positions is None or positions.dim() < 3:
+    if positions is None or positions.dim() < 3:
         return places.cpu(), None
     height_and_width = positions[-2:].expand(2, *places.shape).to(places.device)
     both = torch.cat([places[None].to(positions.dtype), height_and_width]).cpu()
     return both[0].bool(), both[1:]
+
+
+def _in_grids(places: Tensor, grids: Tensor, parts: Parts) -> Tensor | None:
+    """The number of every token in its time step, twice [2, B, L] as if it were its height and its
+    width; None where the videos are of other sizes than their `places`. All on the host.
+    """
+    unit = parts.inner.config.vision_config.spatial_merge_size**2
+    steps = [torch.arange(h * w // unit).repeat(t) for t, h, w in grids.tolist()]
+    numbers = torch.cat(steps)
+    if len(numbers) != int(places.sum()):
+        return None
+    return (
+        torch.zeros_like(places, dtype=torch.int64)
+        .masked_scatter(places, numbers)
+        .expand(2, -1, -1)
+    )
