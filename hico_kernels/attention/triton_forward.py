@@ -139,12 +139,15 @@ def tiles_of(q: Tensor, step: int) -> dict[str, int]:
 
 
 def registers_of(tiles: dict[str, int], causal: bool, bias: bool) -> int | None:
-    """The most that a thread may have, where ptxas left alone stops at 128 (two programs share a
-    multiprocessor) with values spilled: 128 where it then finds a way without, else all there are.
+    """The most that a thread may have, where ptxas left alone stops at what two or three programs
+    of a multiprocessor can have and spills values: that much where it then finds a way without,
+    else all there are.
     """
     width, generation = tiles["BLOCK_D"], architecture() // 10
-    if interpreted() or tiles["PART"] < width:
+    if interpreted():
         return None
+    if tiles["PART"] < width:  # float32
+        return 255 if width <= 64 and not (causal or bias) else None
     if generation == 8 and width == 128:
         return 255
     if generation >= 10 and width <= 64 and not bias:
