@@ -216,3 +216,34 @@ def test_states_apart_leave_with_the_patch():
         assert all("forward" in mixer.__dict__ for mixer in mixers)
     assert mixers[0].__dict__["forward"] is own
     assert "forward" not in mixers[1].__dict__
+
+
+@pytest.mark.skipif(not STATES, reason="no Qwen3.5 in this transformers")
+def test_a_state_goes_on_with_a_shorter_question():
+    """Padding in front of the second one is left out in the layers before the drop as well."""
+    decoder, question = tiny.decoder(tiny.model("qwen3_5")), (6, 4)
+    generator = torch.Generator().manual_seed(3)
+    first, second = (
+        torch.randn(2, n, 32, generator=generator, dtype=torch.float64) for n in (30, 6)
+    )
+    visual = (torch.arange(30) < torch.tensor([[24], [16]])).expand(2, 30)
+
+    def turns(rows):
+        new = second[rows] if len(rows) > 1 else second[rows, 6 - question[rows[0]] :]
+        lead = torch.tensor([new.shape[1] - question[row] for row in rows])[:, None]
+        real = torch.arange(new.shape[1]) >= lead
+        mask = torch.cat([torch.ones(len(rows), 30, dtype=torch.bool), real], 1).long()
+        positions = (mask.cumsum(1) - 1)[:, 30:].expand(3, -1, -1)
+        plan = DropPlan({2: Uniform(0.25)})
+        with (
+            torch.no_grad(),
+            hico_kernels.compress(tiny.model("qwen3_5"), plan, "packed") as handle,
+        ):
+            handle.announce(visual[rows])
+            cache = decoder(inputs_embeds=first[rows], use_cache=True).past_key_values
+            more = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+            return decoder(inputs_embeds=new, **more).last_hidden_state[:, -1]
+
+    both = turns([0, 1])
+    for row in (0, 1):
+        assert (both[row] - turns([row])[0]).abs().max() < 1e-12
