@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 import hico_kernels
 from hico_kernels import DropPlan, TextTopK, Uniform, tome
 from hico_kernels.patch.devices import moved
-from hico_kernels.patch.families import take_apart, why_not_packed
 from hico_kernels.patch.rows import Prompt
 
 ELSEWHERE, SECOND = "lazy:0", "lazy:1"  # devices that this torch has names for, and nothing else
@@ -110,8 +109,6 @@ families = pytest.mark.parametrize("name", [name for name in FAMILIES if name in
 @families
 def test_reading_and_decoding_stay_on_the_device(name, rows, mode, monkeypatch):
     model = emptied(mode, tiny.model(name, torch.float32))
-    if rows == "packed" and why_not_packed(take_apart(model)) is not None:
-        pytest.skip("refused, with the reason")
     state = read_and_decode(mode, model, rows, PLAN, monkeypatch)
     assert state.device == torch.device(ELSEWHERE)
 
@@ -125,8 +122,6 @@ RENUMBERED = DropPlan(PLAN.drops, positions="renumber")
 @families
 def test_layers_may_be_on_two_devices(name, rows, plan, mode, monkeypatch):
     model = emptied(mode, tiny.model(name, torch.float32))
-    if rows == "packed" and why_not_packed(take_apart(model)) is not None:
-        pytest.skip("refused, with the reason")
     spread(mode, model, monkeypatch)
     state = read_and_decode(mode, model, rows, plan, monkeypatch)
     assert state.device == torch.device(ELSEWHERE)
