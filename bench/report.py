@@ -178,6 +178,24 @@ def stages(tables: dict[str, Any]) -> list[str]:
     return lines
 
 
+def apart(ops: dict[str, Any]) -> list[str]:
+    """A row for each model whose memory was measured: what reading a prompt takes, in parts."""
+    parts = ("scoring", "compacting", "attention")
+    found = [line for line in ops["results"] if "peak_bytes" in line]
+    lines = [
+        f"| model, frames, batch | | first token | peak MB | cache MB | {' | '.join(parts)} |",
+        "|---|---|---|---|---|" + "---|" * len(parts),
+    ]
+    for line in found:
+        name = Name.parse(line["name"])
+        cells = [name.shape, name.impl, durations([line["median_s"]])]
+        cells += [f"{line[key] / 1e6:.3g}" for key in ("peak_bytes", "kv_bytes")]
+        spent = line.get("milliseconds", {})
+        cells += [durations([spent[part] / 1e3]) if part in spent else "" for part in parts]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines if found else []
+
+
 def folded(title: str, lines: list[str]) -> list[str]:
     """A table that opens with a click."""
     return [f"<details><summary>{title}</summary>", "\n".join(lines), "</details>"]
@@ -218,6 +236,9 @@ def readme_part(folder: Path = results.FOLDER) -> str:
             f"{device_line(kept)}; {limits_line(kept)}; medians. {verdict(found)}",
             *folded("All rows", table(found)),
         ]
+        if memory := apart(kept):
+            title = "Patched models: memory of reading a prompt, and parts of its time"
+            parts += folded(title, memory)
         if any(problem.whole for problem in found):
             parts.append(picture(models, "Models: percent of the floor, speed beside the stock"))
         if len(results.history(kept, folder)) > 1:

@@ -37,6 +37,8 @@ OURS = ("hico", "patched")  # what stands for us in comparisons
 BY_NAME = ("triton", "cuda", "flash")  # "hico" is the one of them that "auto" takes on a GPU
 ALSO_OURS = ("packed", *BY_NAME)  # kept, but neither ours in comparisons nor a rival
 
+APART = ("peak_bytes", "kv_bytes", "milliseconds")  # of models: memory, and parts of the time
+
 
 class Name(NamedTuple):
     """A benchmark's name in its parts: op-shape-dtype-impl, on CPUs with the number of threads."""
@@ -140,6 +142,9 @@ def compact(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
         entry |= {"min_s": _digits(stats["min"]), "median_s": _digits(stats["median"])}
         if percent := line["extra_info"]["percent_of_floor"]:
             entry["percent_of_floor"] = round(percent, 1)
+        for name in APART:
+            if name in line["extra_info"]:
+                entry[name] = line["extra_info"][name]
         if overhead := line["extra_info"].get("overhead_percent"):
             entry["overhead_percent"] = overhead  # median, and its 99 % confidence interval
         kinds["ops"].append(entry)

@@ -89,6 +89,24 @@ def test_what_hooks_cost_stands_with_its_interval(tmp_path):
     assert row.endswith(" | +0.3 % over stock, in pairs (-0.2 to +1.0) |")
 
 
+def test_memory_and_parts_of_the_time_stand_in_a_table_of_their_own(tmp_path):
+    lines = []
+    for impl, more in (("stock", {}), ("patched", {"milliseconds": {"scoring": 1.5}})):
+        line = {"name": f"read-64frames-f32-{impl}-t1", "stats": {"min": 0.1, "median": 0.1}}
+        memory = {"peak_bytes": 2_500_000, "kv_bytes": 1_000_000}
+        lines.append(line | {"extra_info": {"percent_of_floor": 0.0, **memory, **more}})
+    machine = {"device": "A CPU", "type": "cpu", "torch": "2.13.0", "limits": {}}
+    results.write({"machine_info": machine, "benchmarks": lines}, tmp_path)
+    (ops,) = results.load("ops", tmp_path)
+    _, _, *rows = report.apart(ops)
+    assert rows == [
+        "| 64frames | stock | 100 ms | 2.5 | 1 |  |  |  |",
+        "| 64frames | patched | 100 ms | 2.5 | 1 | 1.5 ms |  |  |",
+    ]
+    assert "memory of reading a prompt" in report.readme_part(tmp_path)
+    assert report.apart({"results": []}) == []
+
+
 def test_the_way_to_the_first_token_is_shown_by_stage():
     entries = [
         {"name": "first_token-64frames-bf16-longva", "frames": 64, "encode_s": 0.0,

@@ -108,6 +108,10 @@ def _gather_tokens_backward(dtype: torch.dtype) -> Iterator[tuple]:
     yield (_empty(8000, 3584, dtype=dtype), _empty(8000, dtype=torch.int64), 16000), {}
 
 
+def _widths(dtype: torch.dtype) -> tuple[int, ...]:
+    return (64, 128) if dtype == torch.float32 else WIDTHS  # in float32 each takes seconds
+
+
 def _qkv(rows: int, keys: int, heads: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     sizes = ((rows, heads), (keys, heads // 4), (keys, heads // 4))
     return tuple(_empty(*size, width, dtype=dtype) for size in sizes)
@@ -115,7 +119,7 @@ def _qkv(rows: int, keys: int, heads: int, width: int, dtype: torch.dtype) -> tu
 
 def _ragged_attention(dtype: torch.dtype) -> Iterator[tuple]:
     ends = cu_seqlens([1000, 3096])
-    for width in WIDTHS:
+    for width in _widths(dtype):
         q, k, v = _qkv(4096, 4096, 28, width, dtype)
         yield (q, k, v, ends, ends, 3096, 3096), {}
     bias = _empty(4096, dtype=torch.float32)
@@ -128,14 +132,14 @@ def _ragged_attention(dtype: torch.dtype) -> Iterator[tuple]:
 
 def _ragged_attention_backward(dtype: torch.dtype) -> Iterator[tuple]:
     ends = cu_seqlens([1000, 3096])
-    for width in WIDTHS:
+    for width in _widths(dtype):
         q, k, v = _qkv(4096, 4096, 28, width, dtype)
         lse = _empty(28, 4096, dtype=torch.float32)
         yield (q, q, k, v, q, lse, ends, ends, 3096, 3096, True, width**-0.5), {}
 
 
 def _ragged_decode_attention(dtype: torch.dtype) -> Iterator[tuple]:
-    for width in WIDTHS:
+    for width in _widths(dtype):
         q, cache = _empty(2, 28, width, dtype=dtype), _empty(2, 16384, 4, width, dtype=dtype)
         yield (q, cache, cache, _empty(2, dtype=torch.int32)), {}
 
