@@ -31,6 +31,30 @@ def layer_norm_metric_cpu(
 
 
 @register_cpu
+def layer_norm_backward_cpu(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference, a piece of the rows in cache at a time."""
+    n, t, c = x.shape
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    of_x, scale = x.new_empty(n, t, c), weight.to(wide)
+    of_weight, of_bias = scale.new_zeros(c), scale.new_zeros(c)
+    rows = max(_AT_ONCE // 4 // max(c, 1), 1)  # four tensors of it
+    for given, own, to in zip(*(z.flatten(0, 1).split(rows) for z in (grad, x, of_x)), strict=True):
+        given, own = given.to(wide), own.to(wide)
+        unit = own - own.mean(dim=-1, keepdim=True)
+        share = unit.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        unit.mul_(share)
+        of_weight += (given * unit).sum(dim=0)
+        of_bias += given.sum(dim=0)
+        given = given * scale
+        given -= given.mean(dim=-1, keepdim=True)
+        along = (given * unit).mean(dim=-1, keepdim=True)
+        to.copy_(given.sub_(unit.mul_(along)).mul_(share))
+    return of_x, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
+
+
+@register_cpu
 def merge_similar_cpu(
     x: Tensor,
     metric: Tensor,

@@ -65,3 +65,24 @@ def gather_rms_norm_cpu(
         share = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
         torch.mul((wide * share).to(x.dtype), weight, out=to)
     return rows, normed
+
+
+@register_cpu
+def rms_norm_backward_cpu(
+    grad_rows: Tensor, grad_normed: Tensor, rows: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As the reference, a piece of the rows in cache at a time."""
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    of_rows, scale = torch.empty_like(rows, memory_format=torch.contiguous_format), weight.to(wide)
+    of_weight = torch.zeros_like(scale, memory_format=torch.contiguous_format)
+    step = max(_AT_ONCE // 4 // max(rows.shape[1], 1), 1)  # four tensors of it
+    tensors = (x.split(step) for x in (grad_rows, grad_normed, rows, of_rows))
+    for direct, given, own, to in zip(*tensors, strict=True):
+        given, own = given.to(wide), own.to(wide)
+        share = own.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        unit = own * share
+        of_weight += (given * unit.to(rows.dtype)).sum(dim=0)
+        given = given * scale
+        along = (given * unit).mean(dim=-1, keepdim=True)
+        to.copy_(given.sub_(unit.mul_(along)).mul_(share).add_(direct))
+    return of_rows, of_weight.to(weight.dtype)
