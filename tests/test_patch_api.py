@@ -241,7 +241,7 @@ def test_a_plan_that_drops_nothing_leaves_the_layers_alone(model, inputs, monkey
     assert report.rows == [26] * 4
     assert report.visual == [[13, 13]] * 4
     assert report.flops_saved == report.kv_bytes_saved == 0 < report.flops
-    assert list(report.milliseconds) == ["attention"]
+    assert report.milliseconds == {}
 
 
 def test_a_call_that_fails_is_not_watched_on(model, inputs):

@@ -43,11 +43,13 @@ class Clock:
         """Add what these modules take in this thread to `name`, until the returned undo. device:
         of those whose weights are offloaded.
         """
-        thread, running = threading.get_ident(), []
+        thread, running, places = threading.get_ident(), [], {}
+        if device.type == "cuda":
+            places = {module: device_of(module, device) for module in modules}
 
         def before(module: nn.Module, args: tuple) -> None:
             if threading.get_ident() == thread:
-                running.append(self.time(name, device_of(module, device)))
+                running.append(self.time(name, places.get(module, device)))
                 running[-1].__enter__()
 
         def after(module: nn.Module, args: tuple, output: object) -> None:

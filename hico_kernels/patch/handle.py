@@ -261,7 +261,8 @@ class Handle:
             past = self._past(cache, call.length, call.mask)
             place(call, start, past, given.get("position_ids"))
         call.rest(cache)
-        if call.prompt is not None and not torch.compiler.is_compiling():
+        watched = call.prompt is not None and not call.idle  # watching takes time, too
+        if watched and not torch.compiler.is_compiling():
             kinds = ("self_attn", "linear_attn")
             attention = [getattr(x, n) for x in module.layers for n in kinds if hasattr(x, n)]
             local.unwatch = call.clock.watch(attention, "attention", call.prompt.visual.device)
