@@ -68,7 +68,8 @@ def draw(folder: Path, kept: Path = results.FOLDER) -> list[Path]:
     written = _save(folder, "cost", lambda theme: costs(theme, measured), measured)
     for ops in results.load("ops", kept):
         names = [report.picture_of(ops, kind) for kind in report.PICTURES]
-        found = report.problems(ops)
+        # Without what stands for itself, in percent over stock.
+        found = [each for each in report.problems(ops) if each.runs[0].overhead is None]
         for name, whole in zip(names, (False, True), strict=False):
             rows = [problem for problem in found if problem.whole == whole]
             if rows:
@@ -196,7 +197,7 @@ def operations(theme: Theme, found: list[report.Problem]) -> Figure:
     """Percent of the floor, and how many times as fast as the best alternative."""
     counts = sorted({run.threads for problem in found for run in problem.runs}, key=str)
     thick = 0.8 / len(counts)
-    height = 0.9 + 0.17 * len(found) * len(counts)
+    height = 0.9 + max(0.17 * len(counts), 0.28) * len(found)  # two lines of text for each
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(INCHES, height), layout="constrained", sharey=True, width_ratios=(2, 3)
     )
@@ -256,15 +257,16 @@ def progress(theme: Theme, runs: list[dict[str, Any]]) -> Figure:
         for name, seconds in run["median_s"].items():
             first.setdefault(name, seconds)
     by_op: dict[str, list[str]] = {}
-    for name in first:
+    measured_often = [n for n in first if sum(n in run["median_s"] for run in runs) > 1]
+    for name in measured_often:
         by_op.setdefault(Name.parse(name).op, []).append(name)
-    colours = plt.get_cmap("tab10").colors
+    colours = plt.get_cmap("tab20").colors
     for i, (op, names) in enumerate(by_op.items()):
         gains = [
             [first[n] / run["median_s"][n] for n in names if n in run["median_s"]] for run in runs
         ]
         points = [(x, np.exp(np.mean(np.log(gain)))) for x, gain in enumerate(gains) if gain]
-        ax.plot(*zip(*points, strict=True), "o-", color=colours[i % 10], markersize=4, label=op)
+        ax.plot(*zip(*points, strict=True), "o-", color=colours[i % 20], markersize=4, label=op)
     ax.set_xticks(range(len(runs)), [f"{run['commit']}\n{run['date']}" for run in runs])
     ax.set_title("Times as fast as in the first kept run (geometric mean of an operation's rows)")
     ax.axhline(1, color=theme.text, linewidth=0.8)
