@@ -49,14 +49,17 @@ check-instructions: $(READY)  ## fail when a CPU kernel executes more instructio
 gpu:  ## checks and measurements on a CUDA device, without network; results go to OUT
 	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m hico_kernels.testing.gpu --out $(OUT)
 
-# Without the leak test: it watches the process grow, and ASAN keeps freed memory on purpose.
+# In a copy of the tree, where the package with these modules is what tests import. Without the leak
+# test: it watches the process grow, and ASAN keeps freed memory on purpose.
 asan: $(READY)  ## the suite with the native code under ASAN and UBSAN
 	$(SAY) "building with sanitizers"
 	@HICO_SANITIZE=1 HICO_CUDA=0 $(BIN)/python setup.py -q build --build-base build/asan
+	@rm -rf build/asan/tree && mkdir build/asan/tree && git ls-files | tar -c -T - | tar -x -C build/asan/tree
+	@cp build/asan/lib.*/hico_kernels/*.so build/asan/tree/hico_kernels
 	$(SAY) "running the tests"
-	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	@cd build/asan/tree && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  PYTHONPATH="$$(echo build/asan/lib.*)" $(BIN)/python -m pytest -q tests -k 'not leak_nothing'
+	  $(abspath $(BIN))/python -m pytest -q tests -k 'not leak_nothing'
 
 compat: $(READY)  ## patching of other models on several releases of transformers; the table in docs/patching.md
 	$(SAY) "testing patches on several releases of transformers"
