@@ -40,6 +40,14 @@ def grown(inputs, new, **more):
     return {**out, **more}
 
 
+def assert_picked_rows_go_on(model, cache, new, mask, want):
+    """Two of three sequences in a cache, the last one first, go on as they do among the three."""
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    picked = {"attention_mask": mask[[2, 0]], "past_key_values": cache}
+    got = forward(model, input_ids=new[[2, 0]], **picked).logits
+    assert (got[:, -1] - want[[2, 0], -1]).abs().max() < 1e-12
+
+
 def second_turn(model, inputs, first, question):
     """What the second turn of a conversation is given: all tokens so far and new ones."""
     answer = first.sequences[:, inputs["input_ids"].shape[1] :]

@@ -134,6 +134,19 @@ def test_renumbered_positions_follow_to_the_second_device(rows, mode, monkeypatc
     read_and_decode(mode, model, rows, RENUMBERED, monkeypatch)
 
 
+def test_a_copy_to_the_host_is_waited_for(monkeypatch):
+    waits, stock = {}, torch.Tensor.to
+
+    def to(self, device, non_blocking=False):
+        waits[device.type] = not non_blocking
+        return stock(self, "cpu")
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for device in ("cpu", "cuda"):
+        moved([torch.ones(1)], torch.device(device))
+    assert waits == {"cpu": True, "cuda": False}
+
+
 def test_under_tensor_parallelism_text_guided_drops_are_refused(monkeypatch):
     model = tiny.model("llava_onevision")
     monkeypatch.setattr(model, "_tp_size", 2, raising=False)

@@ -5,7 +5,16 @@ import copy
 import patch_models as tiny
 import pytest
 import torch
-from patch_runs import FROM_0, FROM_1, every_plan, forward, grown, second_turn, two_videos
+from patch_runs import (
+    FROM_0,
+    FROM_1,
+    assert_picked_rows_go_on,
+    every_plan,
+    forward,
+    grown,
+    second_turn,
+    two_videos,
+)
 from transformers import DynamicCache, StaticCache
 
 import hico_kernels
@@ -200,10 +209,7 @@ def test_a_cache_is_cropped_copied_and_emptied():
         one = {"attention_mask": mask, "past_key_values": cache}
         again = forward(model, input_ids=new[:, 1:], **one).logits
         assert (again[:, -1] - want[:, -1]).abs().max() < 1e-12
-        other.batch_select_indices(torch.tensor([2, 0]))
-        picked = {"attention_mask": mask[[2, 0]], "past_key_values": other}
-        got = forward(model, input_ids=new[[2, 0]], **picked).logits
-        assert (got[:, -1] - want[[2, 0], -1]).abs().max() < 1e-12
+        assert_picked_rows_go_on(model, other, new, mask, want)
         cache.reset()
         assert cache.get_seq_length() == 0
         first = forward(model, **inputs).logits

@@ -7,7 +7,16 @@ import copy
 import patch_models as tiny
 import pytest
 import torch
-from patch_runs import FROM_0, FROM_1, KINDS, every_plan, forward, grown, second_turn
+from patch_runs import (
+    FROM_0,
+    FROM_1,
+    KINDS,
+    assert_picked_rows_go_on,
+    every_plan,
+    forward,
+    grown,
+    second_turn,
+)
 from transformers import DynamicCache
 
 import hico_kernels
@@ -166,10 +175,7 @@ def test_a_cache_is_copied_picked_from_and_emptied(name):
         first = forward(model, **inputs, use_cache=True)
         cache, other = first.past_key_values, copy.deepcopy(first.past_key_values)
         want = forward(model, input_ids=new, attention_mask=mask, past_key_values=cache).logits
-        other.batch_select_indices(torch.tensor([2, 0]))
-        picked = {"attention_mask": mask[[2, 0]], "past_key_values": other}
-        got = forward(model, input_ids=new[[2, 0]], **picked).logits
-        assert (got[:, -1] - want[[2, 0], -1]).abs().max() < 1e-12
+        assert_picked_rows_go_on(model, other, new, mask, want)
         cache.reset()
         assert cache.get_seq_length() == 0
         again = forward(model, **inputs, past_key_values=cache)

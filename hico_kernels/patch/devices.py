@@ -18,7 +18,8 @@ def device_of(module: nn.Module, given: torch.device) -> torch.device:
 def moved(value: Any, device: torch.device) -> Any:
     """A copy with all tensors of it on the device; as it is where they are there."""
     if torch.is_tensor(value):
-        return value.to(device, non_blocking=True)
+        # To the host it must wait: that copy could be read before it is there.
+        return value.to(device, non_blocking=device.type != "cpu")
     if isinstance(value, tuple | list):
         return type(value)(moved(part, device) for part in value)
     if isinstance(value, dict):
